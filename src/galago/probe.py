@@ -1,0 +1,115 @@
+"""What is measured, on a model or on an exported file.
+
+A probe is given a *deployed* network: a module from raw images (uint8, N×C×H×W) to the raw output, whether that is
+a PyTorch model behind its normalization (`Deployed`) or a file run by an engine (`galago.deploy.runtime`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from galago.data import Data, Loader
+from galago.task import Task
+
+
+class Deployed(nn.Module):
+    """A network behind its normalization and in front of its decoding: what is measured, and what is exported.
+
+    Args:
+        network: from normalized input to raw output.
+        normalize: from raw images to normalized input.
+        task: whose `decode` gives what a user sees.
+    """
+
+    def __init__(self, network: nn.Module, normalize: nn.Module, task: Task) -> None:
+        super().__init__()
+        self.normalize, self.network, self.task = normalize, network, task
+
+    def forward(self, image: Tensor) -> Any:
+        """Raw images to the raw output (class scores N×K in classification)."""
+        return self.network(self.normalize(image))
+
+    def decode(self, output: Any) -> Any:
+        """What a user sees of a raw output."""
+        return self.task.decode(output)
+
+
+class Probe(ABC):
+    """Numbers about a deployed network. Leaves its weights, its mode and the random state as they were."""
+
+    @abstractmethod
+    def __call__(self, deployed: nn.Module, task: Task, data: Data) -> dict[str, float]:
+        """Name to value. Names carry the unit where there is one (`latency_ms`)."""
+
+
+class Outputs(NamedTuple):
+    """Everything a network said about a set of images, on the CPU."""
+
+    output: Tensor  # N×…, float32
+    target: Tensor  # N×…
+
+
+class OutputProbe(Probe):
+    """A probe that needs nothing but outputs and targets, so that several share one pass over the data."""
+
+    @abstractmethod
+    def score(self, outputs: Outputs, task: Task) -> dict[str, float]:
+        """Name to value, from stored outputs."""
+
+    def __call__(self, deployed: nn.Module, task: Task, data: Data) -> dict[str, float]:
+        return self.score(collect(deployed, data.test()), task)
+
+
+def collect(deployed: nn.Module, batches: Loader) -> Outputs:
+    """Runs every batch once, in evaluation mode, and keeps outputs and targets."""
+    was_training, device = deployed.training, device_of(deployed)
+    outputs, targets = [], []
+    deployed.eval()
+    try:
+        with torch.inference_mode():
+            for batch in batches:
+                outputs.append(deployed(batch.input.to(device)).float().cpu())
+                targets.append(batch.target.cpu())
+    finally:
+        deployed.train(was_training)
+    return Outputs(torch.cat(outputs).clone(), torch.cat(targets).clone())
+
+
+def measure(
+    probes: Sequence[Probe], deployed: nn.Module, task: Task, data: Data, batches: Loader | None = None
+) -> dict[str, float]:
+    """Every probe's numbers in one dict; the data are passed through the network once for all `OutputProbe`s.
+
+    Args:
+        probes: what to measure.
+        deployed: from raw images to raw output.
+        task: judges outputs.
+        data: where images come from.
+        batches: which images the `OutputProbe`s use; `data.test()` by default.
+
+    Raises:
+        ValueError: two probes give the same name.
+    """
+    numbers: dict[str, float] = {}
+    stored: Outputs | None = None
+    for probe in probes:
+        if isinstance(probe, OutputProbe):
+            stored = stored or collect(deployed, data.test() if batches is None else batches)
+            found = probe.score(stored, task)
+        else:
+            found = probe(deployed, task, data)
+        if twice := numbers.keys() & found.keys():
+            raise ValueError(f"{type(probe).__name__} measures {sorted(twice)} a second time; list each probe once")
+        numbers.update(found)
+    return numbers
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's tensors live; the CPU for one that has none."""
+    tensor = next(module.parameters(), next(module.buffers(), None))
+    return torch.device("cpu") if tensor is None else tensor.device

@@ -1,0 +1,108 @@
+"""What every quantizer promises, so that every quantizer can be exported.
+
+A quantizer encodes a real tensor into integer codes and decodes them into the real values the layer computes with.
+Every method decodes affinely, `value = scale * (code - zero_point)` (a `Grid`); encoders differ (`Affine` here).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Grid(NamedTuple):
+    """The few values an integer runtime can hold: `(code - zero_point) * scale`, code in low, low + step, …, high.
+
+    >>> grid = Grid(torch.tensor(0.5), torch.tensor(0.0), low=-2, high=1)
+    >>> grid.values(torch.tensor([-2, 1]))
+    tensor([-1.0000,  0.5000])
+    """
+
+    scale: Tensor  # one positive number, or one per slice along `axis`
+    zero_point: Tensor  # integer-valued, of the shape of `scale` or a scalar
+    low: int
+    high: int
+    step: int = 1  # 2 for grids without a zero, whose codes are odd integers
+    axis: int | None = None
+
+    def values(self, codes: Tensor) -> Tensor:
+        """Codes (any dtype) to real values, float, same shape."""
+        return (codes - along(self.zero_point, codes, self.axis)) * along(self.scale, codes, self.axis)
+
+
+class Affine(NamedTuple):
+    """How real values become codes: `clip(round((x - offset) / scale) + zero_point, low, high)` of the grid."""
+
+    scale: Tensor
+    offset: Tensor
+
+
+class OwnRates(NamedTuple):
+    """What a module asks of the optimizer for its own (direct) parameters."""
+
+    learning_rate_factor: float = 1.0
+    weight_decay: float | None = None  # None: as everything else
+
+
+class Quantizer(nn.Module, ABC):
+    """Rounds a tensor, differentiably. In evaluation mode `forward(x)` equals `grid().values(codes(x))` exactly.
+
+    Every constructor argument is kept as an attribute of the same name: that is how a finished network is written
+    down and rebuilt (`galago.run`).
+
+    Attributes:
+        bits: width of the integer.
+        normalized: `forward` gives values whose size the paper leaves to the layer (EWGS: in [0, 1]), which then
+            learns an output scale.
+    """
+
+    bits: int
+    normalized: bool = False
+
+    @abstractmethod
+    def initialize(self, x: Tensor) -> None:
+        """Sets the range from a tensor: the weights, or the first inputs. Called once, outside the training step."""
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """The rounded tensor, with whatever gradient the paper gives it. Same shape and dtype."""
+
+    @abstractmethod
+    def grid(self) -> Grid:
+        """Where the rounded values lie. Detached from the gradient."""
+
+    def encoder(self) -> Affine:
+        """How values become codes. Override where the encoder is not the decoder's inverse."""
+        scale = self.grid().scale
+        return Affine(scale, torch.zeros_like(scale))
+
+    def codes(self, x: Tensor) -> Tensor:
+        """The integer each value becomes, float32, same shape. Override where rounding is not to the nearest."""
+        grid, encoder = self.grid(), self.encoder()
+        shifted = (x.float() - along(encoder.offset, x, grid.axis)) / along(encoder.scale, x, grid.axis)
+        return (shifted.round() + along(grid.zero_point, x, grid.axis)).clamp(grid.low, grid.high)
+
+    def own_rates(self) -> OwnRates:
+        """Ranges are not weights: by default they learn at the common rate and do not decay."""
+        return OwnRates(weight_decay=0.0)
+
+
+def along(per_slice: Tensor, x: Tensor, axis: int | None) -> Tensor:
+    """A per-slice tensor shaped so that it broadcasts along `axis` of `x`; scalars pass through."""
+    if axis is None or per_slice.ndim == 0:
+        return per_slice
+    return per_slice.view([-1 if dimension == axis else 1 for dimension in range(x.ndim)])
+
+
+def integer_range(bits: int, signed: bool, narrow: bool = False) -> tuple[int, int]:
+    """Lowest and highest code; `narrow` leaves out the most negative one so that the range is symmetric.
+
+    >>> integer_range(4, signed=True), integer_range(4, signed=False), integer_range(8, signed=True, narrow=True)
+    ((-8, 7), (0, 15), (-127, 127))
+    """
+    if not signed:
+        return 0, 2**bits - 1
+    return -(2 ** (bits - 1)) + narrow, 2 ** (bits - 1) - 1

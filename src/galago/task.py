@@ -1,0 +1,31 @@
+"""What is being learned: how an output is judged while training and measured afterwards."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+
+from galago.batch import Batch
+
+
+class Task(nn.Module, ABC):
+    """Turns outputs into losses, predictions and metrics. Knows nothing about any method."""
+
+    @abstractmethod
+    def losses(self, output: Any, batch: Batch) -> dict[str, Tensor]:
+        """The task's own loss terms, each a scalar."""
+
+    @abstractmethod
+    def decode(self, output: Any) -> Any:
+        """What a user sees: probabilities, masks, boxes. Exported inside the artifact."""
+
+    @abstractmethod
+    def metrics(self) -> MetricCollection:
+        """A fresh collection, updated with `(decode(output), batch.target)`."""
+
+    @abstractmethod
+    def decisions(self, output: Any) -> Tensor:
+        """The choices that an exported file must share with the trained model, N×…, integers (the arg-max class)."""
