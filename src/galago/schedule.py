@@ -1,0 +1,69 @@
+"""Schedules: pure functions of progress, from 0 at the first step to 1 at the last, giving a factor on a rate."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+
+class Schedule(ABC):
+    """A factor on the learning rate (or on a loss weight) for every moment of training."""
+
+    @abstractmethod
+    def __call__(self, progress: float) -> float:
+        """The factor at `progress` in [0, 1]."""
+
+
+class Constant(Schedule):
+    """The same rate throughout."""
+
+    def __call__(self, progress: float) -> float:
+        return 1.0
+
+
+class Cosine(Schedule):
+    """Half a cosine from 1 down to `floor`, after a linear warm-up.
+
+    >>> schedule = Cosine(warmup=0.1)
+    >>> [round(schedule(progress), 3) for progress in (0.0, 0.05, 0.1, 0.55, 1.0)]
+    [0.0, 0.5, 1.0, 0.5, 0.0]
+
+    Args:
+        warmup: share of the training during which the rate rises linearly from 0.
+        floor: the factor at the end.
+    """
+
+    def __init__(self, warmup: float = 0.0, floor: float = 0.0) -> None:
+        if not 0 <= warmup < 1:
+            raise ValueError(f"warmup is a share of the training, in [0, 1); got {warmup}")
+        self.warmup, self.floor = warmup, floor
+
+    def __call__(self, progress: float) -> float:
+        if progress < self.warmup:
+            return progress / self.warmup
+        done = (progress - self.warmup) / (1 - self.warmup)
+        return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+
+class Steps(Schedule):
+    """Multiplied by `factor` at each milestone, after a linear warm-up.
+
+    >>> schedule = Steps(milestones=[0.5, 0.75])
+    >>> [round(schedule(progress), 3) for progress in (0.0, 0.5, 0.9)]
+    [1.0, 0.1, 0.01]
+
+    Args:
+        milestones: shares of the training, rising.
+        factor: what the rate is multiplied by at each.
+        warmup: share of the training during which the rate rises linearly from 0.
+    """
+
+    def __init__(self, milestones: Sequence[float] = (0.5, 0.75), factor: float = 0.1, warmup: float = 0.0) -> None:
+        if list(milestones) != sorted(milestones) or not all(0 < milestone < 1 for milestone in milestones):
+            raise ValueError(f"milestones are rising shares of the training, in (0, 1); got {list(milestones)}")
+        self.milestones, self.factor, self.warmup = list(milestones), factor, warmup
+
+    def __call__(self, progress: float) -> float:
+        rise = progress / self.warmup if progress < self.warmup else 1.0
+        return float(rise * self.factor ** sum(progress >= milestone for milestone in self.milestones))
