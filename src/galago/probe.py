@@ -65,6 +65,15 @@ class OutputProbe(Probe):
         return self.score(collect(deployed, data.test()), task)
 
 
+class TaskMetrics(OutputProbe):
+    """The task's own metrics (`accuracy`, …); what every run measures."""
+
+    def score(self, outputs: Outputs, task: Task) -> dict[str, float]:
+        metrics = task.metrics()
+        metrics.update(task.decode(outputs.output), outputs.target)
+        return {name: float(value) for name, value in metrics.compute().items()}
+
+
 def collect(deployed: nn.Module, batches: Loader) -> Outputs:
     """Runs every batch once, in evaluation mode, and keeps outputs and targets."""
     was_training, device = deployed.training, device_of(deployed)

@@ -20,7 +20,7 @@ from galago.errors import UserError
 from galago.layers import Wrapper, find, swap
 
 TRUSTED = ("galago", "torch", "torchvision", "timm")
-# Functions, unlike network classes, can do anything: of the trusted packages, only those that build a network are called.
+# Functions, unlike network classes, can do anything: only those that build a network are called.
 _BUILDERS = ("galago.models.", "torchvision.models.", "timm.models.", "timm.create_model")
 _NETWORKS = (
     "torch.nn.",
@@ -150,7 +150,7 @@ def _imported(path: str) -> Callable[..., Any]:
 def _harmless(path: str, target: Any) -> bool:
     home = f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', '')}"
     if inspect.isclass(target):
-        return issubclass(target, nn.Module) and home.startswith(_CLASSES)
+        return home.startswith("galago.") or (issubclass(target, nn.Module) and home.startswith(_NETWORKS))
     return (
         inspect.isfunction(target)
         and path.startswith(_BUILDERS)
