@@ -20,7 +20,6 @@ Chosen here: it acts on the target like any other method, so it smooths mixed la
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from galago.batch import Batch, Step
@@ -31,6 +30,7 @@ from galago.method import Forward, Method
 def smooth(target: Tensor, epsilon: float) -> Tensor:
     """Class probabilities N×K moved towards the uniform distribution.
 
+    >>> import torch
     >>> smooth(torch.tensor([[1.0, 0.0, 0.0, 0.0]]), 0.4)
     tensor([[0.7000, 0.1000, 0.1000, 0.1000]])
     """
