@@ -22,6 +22,13 @@ from galago.task import Task
 from galago.train import train
 
 
+_PURPOSES = {
+    "train": "Train a recipe into a run's folder. Given again, it continues where it stopped.",
+    "ship": "Train (with all that the recipe needs), export, verify, measure and report.",
+    "check": "Say what a recipe would do, layer by layer, without training.",
+}
+
+
 class Parts:
     """What measuring a run needs of its recipe."""
 
@@ -33,13 +40,9 @@ class Parts:
         self.task, self.data, self.probes = task, data, probes
 
 
-def parser() -> ArgumentParser:
-    """The command line of `galago train`: every argument of `galago.train.train`, and `--config`."""
-    made = ArgumentParser(
-        prog="galago train",
-        description="Train a recipe into a run's folder. Given again, it continues where it stopped.",
-        exit_on_error=False,
-    )
+def parser(command: str = "train") -> ArgumentParser:
+    """The command line of `galago train`, `ship` and `check`: every argument of `galago.train.train`, and `--config`."""
+    made = ArgumentParser(prog=f"galago {command}", description=_PURPOSES[command], exit_on_error=False)
     made.add_argument("--config", action="config", help="a recipe; later options override what it says")
     made.add_function_arguments(train, skip={"recipe"})
     return made

@@ -1,0 +1,177 @@
+"""Measuring a finished run: its model or the file made from it, with the same probes; speeds side by side.
+
+Everything lands in the run's folder: metrics.json (numbers by model and file), predictions/*.npz (outputs and targets,
+so that further figures need no second pass), layers.json (bits, cost and error layer by layer) and latency.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from galago.console import say
+from galago.deploy import onnx, runtime
+from galago.deploy.inspect import engines_of_layers
+from galago.layers import Wrapper, swap
+from galago.probe import Deployed, OutputProbe, Outputs, TaskMetrics, collect
+from galago.probes.calibration import Calibration
+from galago.probes.cost import Cost, cost_table
+from galago.probes.latency import Timing, compare
+from galago.probes.size import Size
+from galago.recipe import Parts, parts_of
+from galago.run import Run, atomic, load, read_json, write_json
+
+NAMES = {".onnx": "onnx", ".xml": "openvino"}
+
+
+def measure_run(
+    run: Path, artifact: Path | None = None, data_root: Path | None = None, allow: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Measures a run's model, or the file in its place, on the test images; what was found.
+
+    Args:
+        run: folder of a finished run.
+        artifact: an .onnx or .xml file made from it.
+        data_root: where the images lie, if no longer where the recipe says.
+        allow: packages to import from besides galago, torch, torchvision and timm.
+    """
+    files = Run(run)
+    network = load(run, allow)
+    parts = parts_of(files, allow, data_root)
+    model = Deployed(network, network.normalization, parts.task)
+    deployed = model if artifact is None else runtime.load(artifact)
+    name = "model" if artifact is None else NAMES[artifact.suffix]
+    outputs = collect(deployed, parts.data.test())
+    numbers = _numbers(outputs, deployed, parts)
+    known = read_json(files.metrics) if files.metrics.exists() else {}
+    write_json(files.metrics, known | {name: numbers})
+    _keep(files, name, outputs)
+    if artifact is None:
+        write_json(files.folder / "layers.json", layer_rows(network, model, parts, files))
+    return numbers
+
+
+def _numbers(outputs: Outputs, deployed: nn.Module, parts: Parts) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for probe in [TaskMetrics(), *parts.probes, Calibration(), Cost(), Size()]:
+        if isinstance(probe, OutputProbe):
+            found |= probe.score(outputs, parts.task)
+        else:
+            found |= probe(deployed, parts.task, parts.data)
+    return found
+
+
+def _keep(files: Run, name: str, outputs: Outputs) -> None:
+    (files.folder / "predictions").mkdir(exist_ok=True)
+    with atomic(files.folder / "predictions" / f"{name}.npz") as temporary, temporary.open("wb") as file:
+        np.savez(file, output=outputs.output.numpy(), target=outputs.target.argmax(1).numpy())
+
+
+def layer_rows(network: nn.Module, deployed: Deployed, parts: Parts, files: Run) -> list[dict[str, Any]]:
+    """Bits, cost and rounding error of each layer, and how each engine runs it where the files exist."""
+    example = deployed.normalize(parts.data.example())
+    engines = engines_of_layers(files)
+    rows = []
+    for cost in cost_table(network, example):
+        row = cost._asdict() | {"weight_error_db": _error_db(network.get_submodule(cost.path))}
+        rows.append(row | engines.get(cost.path, {"onnxruntime": None, "openvino": None}))
+    return rows
+
+
+def _error_db(layer: nn.Module) -> float | None:
+    """Signal to quantization noise of a layer's weights in decibels, after the best common scale; None for float."""
+    quantizer = getattr(layer, "weight_quantizer", None)
+    if quantizer is None:
+        return None
+    with torch.no_grad():
+        weight = layer.get_parameter("layer.weight").double().flatten()
+        rounded = quantizer(layer.get_parameter("layer.weight")).double().flatten()
+        fitted = rounded * (weight @ rounded) / (rounded @ rounded).clamp_min(1e-30)
+        noise = (weight - fitted).square().sum().clamp_min(1e-30)
+        return float(10 * torch.log10(weight.square().sum().clamp_min(1e-30) / noise))
+
+
+def unwrapped(network: nn.Module) -> nn.Module:
+    """The same network without any wrapper: what it was before quantization, with today's weights."""
+    for path, module in reversed(list(network.named_modules())):
+        if isinstance(module, Wrapper):
+            network = swap(network, path, module.layer)
+    return network
+
+
+def measure_latency(
+    run: Path, threads: int = 1, data_root: Path | None = None, allow: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Times float fp32, float bf16 and the integer files in both engines, interleaved, at batch 1 and 32.
+
+    The float files are the same network without its quantizers. Written to latency.json.
+    """
+    files, network = Run(run), load(run, allow)
+    parts = parts_of(files, allow, data_root)
+    example = parts.data.example()
+    rows: list[dict[str, Any]] = []
+    with TemporaryDirectory() as folder:
+        plain = Deployed(unwrapped(load(run, allow)), network.normalization, parts.task)
+        floating = onnx.export(plain, example, Path(folder) / "float.onnx")
+        engines = {
+            ("onnxruntime", "fp32"): runtime.OnnxRuntime(floating, threads=threads),
+            ("openvino", "fp32"): runtime.OpenVINO(floating, threads=threads),
+            ("openvino", "bf16"): runtime.OpenVINO(floating, threads=threads, precision="bf16"),
+        }
+        if files.onnx.exists():
+            engines["onnxruntime", "integer"] = runtime.OnnxRuntime(files.onnx, threads=threads)
+        if files.openvino.exists():
+            engines["openvino", "integer"] = runtime.OpenVINO(files.openvino, threads=threads)
+        sizes = {"fp32": floating.stat().st_size, "bf16": floating.stat().st_size}
+        for batch in (1, 32):
+            image = example.repeat(batch, 1, 1, 1)
+            timings = compare({f"{e} {p}": engine for (e, p), engine in engines.items()}, image)
+            rows += [_row(e, p, batch, threads, timings, sizes.get(p) or _size(files, e)) for e, p in engines]
+    found = {"image": "×".join(map(str, example.shape[1:])), "rows": rows, "advice": advise(rows)}
+    write_json(files.folder / "latency.json", found)
+    say(found["advice"])
+    return found
+
+
+def _row(
+    engine: str, precision: str, batch: int, threads: int, timings: dict[str, Timing], size: int
+) -> dict[str, Any]:
+    timing = timings[f"{engine} {precision}"]
+    ratio, low, high = timing.ratio_to(timings[f"{engine} fp32"])
+    return {
+        "name": f"{precision}, {'ONNX Runtime' if engine == 'onnxruntime' else 'OpenVINO'}",
+        "engine": engine,
+        "precision": precision,
+        "batch": batch,
+        "threads": threads,
+        "median_ms": timing.median_ms,
+        "p10_ms": timing.p10_ms,
+        "p90_ms": timing.p90_ms,
+        "images_per_second": 1000 * batch / timing.median_ms,
+        "file_mb": size / 1e6,
+        "ratio": ratio,
+        "low": low,
+        "high": high,
+    }
+
+
+def _size(files: Run, engine: str) -> int:
+    paths = [files.onnx] if engine == "onnxruntime" else [files.openvino, files.openvino.with_suffix(".bin")]
+    return sum(path.stat().st_size for path in paths)
+
+
+def advise(rows: Sequence[dict[str, Any]]) -> str:
+    """Which file to use on this machine, for one image at a time."""
+    single = [row for row in rows if row["batch"] == 1]
+    best = min(single, key=lambda row: float(row["median_ms"]))
+    slower = [row for row in single if row["precision"] == "integer" and row["low"] is not None and row["high"] < 1]
+    text = f"Fastest here for one image: {best['name']}, {best['median_ms']:.3g} ms."
+    if slower:
+        text += " Slower than its float file: " + ", ".join(row["name"] for row in slower) + "."
+    return text

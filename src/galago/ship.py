@@ -1,0 +1,98 @@
+"""`ship`: from a recipe to proved files and a report; `check`: what a recipe would do, before it does it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from galago import recipe
+from galago.console import say
+from galago.deploy import onnx, openvino
+from galago.deploy.report.report import write_report
+from galago.deploy.verify import show, verify_run
+from galago.errors import UserError
+from galago.measure import measure_latency, measure_run
+from galago.probe import Deployed
+from galago.run import Run, load
+from galago.spec import describe
+
+
+def ship(arguments: Sequence[str]) -> int:
+    """Trains what is missing, then exports, verifies, measures and reports. 1 when a file is not proved equal."""
+    config = recipe.parse(arguments)
+    needed = [_needed(Path(path), arguments) for path in config.needs or ()]
+    say(f"— train {config.run}")
+    recipe.train_recipe(arguments)
+    run = Path(config.run)
+    allow = _packages(recipe.plain(config))
+    say("— export")
+    for path, size in export_run(run, allow=allow).items():
+        say(f"{path}  {size / 1e6:.3f} MB")
+    say("— verify")
+    outcome = verify_run(run, allow=allow)
+    show(outcome)
+    say("— measure")
+    for artifact in (None, Run(run).onnx, Run(run).openvino):
+        measure_run(run, artifact, allow=allow)
+    measure_latency(run, allow=allow)
+    say(f"— report: {write_report(run, needed[0] if needed else None)}")
+    return 0 if outcome["passed"] else 1
+
+
+def _needed(path: Path, arguments: Sequence[str]) -> Path:
+    """The run of a recipe that this one needs, trained and measured if it is not there yet."""
+    base = next(
+        (Path(value).parent for option, value in zip(arguments, arguments[1:], strict=False) if option == "--config"),
+        Path(),
+    )
+    location = path if path.exists() else base / path
+    config = recipe.parse(["--config", str(location)])
+    if not Run(config.run).finished:
+        say(f"— train {config.run} first, which the recipe needs")
+        recipe.train_recipe(["--config", str(location)])
+    measure_run(Path(config.run), allow=_packages(recipe.plain(config)))
+    return Path(config.run)
+
+
+def _packages(content: object) -> list[str]:
+    """The packages a user's own recipe imports from: trusted because it is theirs."""
+    found = set()
+    if isinstance(content, dict):
+        if isinstance(path := content.get("class_path"), str):
+            found.add(path.partition(".")[0])
+        for value in content.values():
+            found.update(_packages(value))
+    elif isinstance(content, list):
+        for value in content:
+            found.update(_packages(value))
+    return sorted(found)
+
+
+def export_run(run: Path, float_input: bool = False, allow: Sequence[str] = ()) -> dict[str, int]:
+    """Writes model.onnx, model.xml and model.bin into a run's folder; paths and bytes."""
+    files = Run(run)
+    network = load(run, allow)
+    parts = recipe.parts_of(files, allow)
+    deployed = Deployed(network, network.normalization, parts.task)
+    example = parts.data.example()
+    written = [onnx.export(deployed, example, files.onnx, float_input=float_input)]
+    written += openvino.export(deployed, example, files.openvino, float_input=float_input)
+    return {str(path): path.stat().st_size for path in written}
+
+
+def check(arguments: Sequence[str]) -> int:
+    """Builds everything a recipe names and shows what each method would change, without training."""
+    config = recipe.parse(arguments)
+    made = recipe.instantiate(config)
+    for method in made.methods:
+        look = getattr(method, "check", None)
+        if look is None:
+            continue
+        Console().print(look(made.model, made.data))
+    say(f"the recipe is sound: {describe(made.data).get('class_path')}, {made.epochs} epochs into {config.run}")
+    return 0
+
+
+__all__ = ["UserError", "check", "export_run", "ship"]
