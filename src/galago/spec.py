@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from galago.errors import UserError
 from galago.layers import Wrapper, find, swap
@@ -46,6 +46,8 @@ def describe(thing: Any) -> Any:
     """
     if thing is None or isinstance(thing, bool | int | float | str):
         return thing
+    if isinstance(thing, Tensor):
+        return True  # torch's layers keep a parameter where they were asked `bias=True`
     if isinstance(thing, Path):
         return str(thing)
     if isinstance(thing, Enum):
