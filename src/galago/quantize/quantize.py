@@ -1,0 +1,225 @@
+"""Quantize: train a network with the rounding that an integer engine will do.
+
+What it does: every convolution and linear layer computes with a quantized weight and a quantized input, in the place
+and with the parameters of the layer that was there, so that any network trains this way as it is written. Where one
+integer layer's result does not go straight into another's quantizer (residual additions, forks, concatenations) a
+`stream` quantizer keeps it in integers, without which ONNX Runtime computes in float there; OpenVINO can do without.
+
+    y = layer(Q_input(x); Q_weight(W))          Q_stream(y) where several read y
+
+Which method: `weight` and `input` are prototypes, any `Quantizer`; each layer gets copies of its own. Cost: a training
+step takes 1.3 to 2.5 times as long as in float without `compile`.
+
+Design choices: the first and last layers have 8 bits by default, as LSQ has them; EWGS and DAQ leave them float
+(`edge_bits: null`). "First" is every layer that reads the network's input, "last" every one that makes its output.
+Ranges are set in one pass over the first training batches, in training mode, each layer seeing what the layers before
+it give when quantized. BatchNorm statistics and the random state are as before afterwards.
+
+Recipes: `recipes/demo/student.yaml`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+
+from galago.data import Data
+from galago.errors import UserError
+from galago.method import Method
+from galago.probe import device_of
+from galago.quantize.graph import LAYERS, Graph, look, obstacle
+from galago.quantize.inventory import Row
+from galago.quantize.layer import QuantLayer
+from galago.quantize.placement import Streams
+from galago.quantize.plan import Choice, Plan, initialize
+from galago.quantize.quantizer import Quantizer
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What some layers get instead of the common quantizers. What a rule does not give stays float.
+
+    Args:
+        layers: a pattern of module paths or type names (`layer4.*`, `Linear`); all layers inside a module that
+            matches are meant.
+        bits: of copies of the common weight and input quantizers; none, with no quantizer of its own: float.
+        weight: a weight quantizer of its own.
+        input: an input quantizer of its own.
+    """
+
+    layers: str
+    bits: int | None = None
+    weight: Quantizer | None = None
+    input: Quantizer | None = None
+
+
+class Quantize(Method):
+    """Quantizes layers, and the streams between them, before training.
+
+    Args:
+        weight: prototype of the weights' quantizers; none leaves weights float.
+        input: prototype of the layers' input quantizers; none leaves inputs float.
+        edge_bits: bits of the first and the last layer; null leaves both float.
+        rules: for layers that differ; the first that matches decides, and goes before `edge_bits`.
+        keep: patterns of module paths or type names (`head`, `SqueezeExcite`); everything inside stays float.
+        stream: prototype of the quantizers of what modules give out, 8 bits as a rule; none leaves results float.
+        batches: how many training batches the ranges are set on.
+    """
+
+    weight: Quantizer | None
+    input: Quantizer | None
+    stream: Quantizer | None
+
+    def __init__(
+        self,
+        weight: Quantizer | None = None,
+        input: Quantizer | None = None,
+        edge_bits: int | None = 8,
+        rules: Sequence[Rule] = (),
+        keep: Sequence[str] = (),
+        stream: Quantizer | None = None,
+        batches: int = 1,
+    ) -> None:
+        super().__init__()
+        if stream is not None and stream.normalized:
+            raise UserError(f"stream: {type(stream).__name__} changes the size of values; use min-max or LSQ there")
+        if batches < 1:
+            raise UserError(f"batches: {batches} leaves no images to set ranges on; give 1 or more")
+        # Prototypes are patterns, not parts: not registered, so that they neither train nor enter checkpoints.
+        self.__dict__.update(weight=weight, input=input, stream=stream)
+        self.edge_bits, self.rules, self.keep, self.batches = edge_bits, tuple(rules), tuple(keep), batches
+        self._rows: tuple[Row, ...] = ()
+
+    def prepare(self, model: nn.Module, data: Data) -> nn.Module:
+        plan = self.plan(model, data)
+        self._rows = tuple(plan.rows())
+        device = device_of(model)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(data.seed)
+            inputs = first_inputs(data, self.batches, device)
+            statistics = [(buffer, buffer.clone()) for buffer in model.buffers()]
+            model = plan.applied(model)
+            initialize(model, inputs)
+        for buffer, before in statistics:
+            buffer.copy_(before)
+        return model
+
+    def finish(self, model: nn.Module) -> nn.Module:
+        """Ranges no longer follow what they see; the quantizers stay, for the export."""
+        return model.eval()
+
+    def check(self, model: nn.Module, data: Data) -> list[Row]:
+        """What `prepare` would do to a model, and every construct that would stay float. Changes nothing."""
+        return list(self.plan(model, data).rows())
+
+    def rows(self) -> tuple[Row, ...]:
+        """What `prepare` did, a row a layer, stream and float operation, in the order of execution."""
+        return self._rows
+
+    def plan(self, model: nn.Module, data: Data) -> Plan:
+        """Decides about every layer and stream.
+
+        Raises:
+            UserError: a pattern matches nothing, or the network is quantized already.
+        """
+        if twice := [path for path, module in model.named_modules() if isinstance(module, QuantLayer)]:
+            raise UserError(f"{twice[0]} is quantized already; start from the float network, or leave Quantize out")
+        modules = dict(model.named_modules())
+        for pattern in (*self.keep, *(rule.layers for rule in self.rules)):
+            must_match(pattern, modules)
+        graph = look(model, normalized(data, data.example(), device_of(model)))
+        layers: dict[str, nn.Module] = {path: module for path, module in modules.items() if isinstance(module, LAYERS)}
+        edges = edge_layers(graph, layers)
+        choices = {
+            path: Choice(why=f"float: {why}")
+            if (why := obstacle(graph, path, layer))
+            else self._choose(path, modules, edges)
+            for path, layer in layers.items()
+        }
+        return Plan(graph, modules, choices, self._streams(graph, modules, choices), self.stream)
+
+    def _choose(self, path: str, modules: dict[str, nn.Module], edges: set[str]) -> Choice:
+        """The quantizers of a layer: `keep`, then the first rule that matches, then the edges, then the prototypes."""
+        for pattern in self.keep:
+            if matches(pattern, path, modules):
+                return Choice(why=f"float: keep says {pattern!r}")
+        for rule in self.rules:
+            if matches(rule.layers, path, modules):
+                weight = deepcopy(rule.weight) or with_bits(self.weight, rule.bits)
+                own = deepcopy(rule.input) or with_bits(self.input, rule.bits)
+                return Choice(weight, own, "" if weight or own else f"float: the rule for {rule.layers!r} says so")
+        if path not in edges:
+            return Choice(deepcopy(self.weight), deepcopy(self.input))
+        why = "" if self.edge_bits else "float: first or last layer (edge_bits)"
+        return Choice(with_bits(self.weight, self.edge_bits), with_bits(self.input, self.edge_bits), why)
+
+    def _streams(self, graph: Graph, modules: dict[str, nn.Module], choices: dict[str, Choice]) -> Streams:
+        integer = {
+            p: type(modules[p]) for p, choice in choices.items() if choice.weight and choice.input and self.stream
+        }
+        return Streams(graph, integer, lambda path: any(matches(pattern, path, modules) for pattern in self.keep))
+
+
+def with_bits(prototype: Quantizer | None, bits: int | None) -> Quantizer | None:
+    """A copy of a quantizer, not initialized yet, with other bits; None (float) where either is."""
+    if prototype is None or bits is None:
+        return None
+    own = deepcopy(prototype)
+    own.bits = bits
+    return own
+
+
+def matches(pattern: str, path: str, modules: dict[str, nn.Module]) -> bool:
+    """Whether a pattern means a module: by its path or type, or by those of a module it lies in."""
+    parts = path.split(".")
+    around = [".".join(parts[: end + 1]) for end in range(len(parts))]
+    return any(fnmatchcase(p, pattern) or fnmatchcase(type(modules[p]).__name__, pattern) for p in around)
+
+
+def must_match(pattern: str, modules: dict[str, nn.Module]) -> None:
+    """Sees to it that a pattern means something.
+
+    Raises:
+        UserError: it matches no module's path or type; near names are suggested.
+    """
+    names = [name for path, module in modules.items() for name in (path, type(module).__name__) if name]
+    if any(fnmatchcase(name, pattern) for name in names):
+        return
+    near = difflib.get_close_matches(pattern, dict.fromkeys(names), n=3, cutoff=0.4)
+    hint = f"; did you mean {', '.join(near)}?" if near else "; `galago check` lists them"
+    raise UserError(f"{pattern!r} matches no layer's path or type in {type(modules['']).__name__}{hint}")
+
+
+def edge_layers(graph: Graph, layers: dict[str, nn.Module]) -> set[str]:
+    """Paths of the layers that read what the first one reads, and of those that make the network's output."""
+    ran = [path for path in graph.flow.received if path in layers]
+    if not ran:
+        return set()
+    first = {path for path in ran if graph.flow.received[path][0] == graph.flow.received[ran[0]][0]}
+    last = {path for path in ran if any(graph.reading(number).leaves for number in graph.flow.gave[path][-1])}
+    return first | last | {ran[-1]}
+
+
+def normalized(data: Data, image: Tensor, device: torch.device) -> Tensor:
+    """Raw images as the network sees them."""
+    seen: Tensor = data.normalize(image.to(device_of(data.normalize))).to(device)
+    return seen
+
+
+def first_inputs(data: Data, batches: int, device: torch.device) -> Tensor:
+    """The first training batches as one, normalized.
+
+    Raises:
+        UserError: there is no training batch.
+    """
+    inputs = [normalized(data, batch.input, device) for batch in islice(data.train(), batches)]
+    if not inputs:
+        raise UserError("the data give no training batch to set ranges on; make batch_size smaller")
+    return torch.cat(inputs)
