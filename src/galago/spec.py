@@ -64,7 +64,8 @@ def _described(thing: Any) -> dict[str, Any]:
     kind = type(thing)
     arguments = {}
     for name, parameter in inspect.signature(kind).parameters.items():
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+        where_it_lives = name in ("device", "dtype")  # not part of what a layer is
+        if where_it_lives or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
         if not hasattr(thing, name):
             raise UserError(

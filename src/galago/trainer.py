@@ -209,8 +209,9 @@ def train_epoch(
     learner.train()
     for batch in batches:
         progress = (position.epoch + position.batch / total) / plan.epochs
-        for group in optimizer.param_groups:
-            group["lr"] = group["base_lr"] * schedule(progress)
+        if position.batch % plan.accumulate == 0:
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * schedule(progress)
         position = position._replace(batch=position.batch + 1)
         steps_now = position.batch % plan.accumulate == 0 or position.batch == total
         with fabric.no_backward_sync(forward, enabled=not steps_now):
