@@ -1,0 +1,153 @@
+"""MinMax: plain quantization-aware training, the reference that others have to beat.
+
+Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", CVPR 2018,
+arXiv:1712.05877.
+
+Nothing is learned: the range is what the weights, or a moving average of the batches, span. Rounding is
+straight-through and clipped values get no gradient.
+
+    inputs   s = (max - min) / (2^b - 1),  z = clip(round(-min / s), 0, 2^b - 1)
+             codes = clip(round(x / s) + z, 0, 2^b - 1),  x_hat = s (codes - z)
+    weights  s_c = max|W_c| / (2^(b-1) - 1)  for each output channel c, symmetric, z = 0
+
+When to use it: 8 bits, where it loses next to nothing. Below 6 bits single outliers widen the range and learned ranges
+(`LSQ`, `EWGS`) are better. It costs a few element-wise operations and, while training, a minimum and a maximum a
+tensor.
+
+Recipe: recipes/quantize/min_max_resnet20_cifar10.yaml.
+
+Design choices: the range always contains 0, so that zero padding is exact. Weights use the symmetric range at every
+width (no -128), so that flipping their signs on export cannot overflow. A range narrower than 1e-8 is widened to that.
+In evaluation mode inputs keep the range they have; weights always span what they span now.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from galago.errors import UserError
+from galago.quantize.quantizer import Grid, Quantizer, along, integer_range
+
+SMALLEST_SCALE = 1e-8
+
+
+def straight_through(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
+    """`scale * (clip(round(x / scale) + zero_point, low, high) - zero_point)`; gradient 1 where nothing is clipped.
+
+    >>> x = torch.tensor([0.6, -9.0], requires_grad=True)
+    >>> y = straight_through(x, torch.tensor(0.5), torch.tensor(1.0), 0, 3)
+    >>> y.sum().backward()
+    >>> y.tolist(), x.grad.tolist()
+    ([0.5, -0.5], [1.0, 0.0])
+    """
+    return _StraightThrough.apply(x, scale, zero_point, low, high)  # type: ignore[no-any-return]
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
+        ctx.save_for_backward(x, scale, zero_point)
+        ctx.low, ctx.high = low, high
+        wide = x.to(torch.promote_types(x.dtype, scale.dtype))
+        codes = (wide / scale).round_().add_(zero_point).clamp_(low, high)
+        return codes.sub_(zero_point).mul_(scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        x, scale, zero_point = (saved.detach() for saved in ctx.saved_tensors)
+        codes = (x.to(torch.promote_types(x.dtype, scale.dtype)) / scale).round_().add_(zero_point)
+        return grad * ((codes >= ctx.low) & (codes <= ctx.high)), None, None, None, None
+
+
+class MinMax(Quantizer):
+    """A range that follows the batches, for what flows through a network: a layer's input, a residual stream.
+
+    Args:
+        bits: width of the integer, 1 to 8.
+        decay: how much of the range is kept at each training batch.
+    """
+
+    minimum: Tensor
+    maximum: Tensor
+
+    def __init__(self, bits: int = 8, decay: float = 0.99) -> None:
+        super().__init__()
+        _check(bits, lowest=1)
+        self.bits, self.decay = bits, decay
+        self.register_buffer("minimum", torch.zeros(()))
+        self.register_buffer("maximum", torch.ones(()))
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor) -> None:
+        """Takes the range of `x` as it is."""
+        minimum, maximum = x.float().aminmax()
+        self.minimum.copy_(minimum)
+        self.maximum.copy_(maximum)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            minimum, maximum = x.detach().aminmax()
+            self.minimum.lerp_(minimum.float(), 1 - self.decay)
+            self.maximum.lerp_(maximum.float(), 1 - self.decay)
+        grid = self.grid()
+        return straight_through(x, grid.scale, grid.zero_point, grid.low, grid.high)
+
+    def grid(self) -> Grid:
+        low, high = integer_range(self.bits, signed=False)
+        minimum = self.minimum.clamp_max(0.0)
+        scale = ((self.maximum.clamp_min(0.0) - minimum) / high).clamp_min(SMALLEST_SCALE)
+        return Grid(scale, (-minimum / scale).round().clamp(low, high), low, high)
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}, decay={self.decay}"
+
+
+class MinMaxWeight(Quantizer):
+    """The range that each output channel's weights span, symmetric.
+
+    Args:
+        bits: width of the integer, 2 to 8.
+    """
+
+    scale: Tensor
+
+    def __init__(self, bits: int = 8) -> None:
+        super().__init__()
+        _check(bits, lowest=2)
+        self.bits = bits
+        self.register_buffer("scale", torch.ones(()))
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor) -> None:
+        """Gives the scale its shape, one element an output channel."""
+        self.scale = self._spanned(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.scale.copy_(self._spanned(x.detach()))
+        low, high = integer_range(self.bits, signed=True, narrow=True)
+        scale = along(self.scale, x, 0)
+        return straight_through(x, scale, torch.zeros_like(scale), low, high)
+
+    def codes(self, x: Tensor) -> Tensor:
+        self.scale.copy_(self._spanned(x.detach()))
+        return super().codes(x)
+
+    def grid(self) -> Grid:
+        low, high = integer_range(self.bits, signed=True, narrow=True)
+        return Grid(self.scale.clone(), torch.zeros_like(self.scale), low, high, axis=0)
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}"
+
+    def _spanned(self, weight: Tensor) -> Tensor:
+        largest = weight.abs().flatten(1).amax(1).float()
+        return (largest / integer_range(self.bits, signed=True)[1]).clamp_min(SMALLEST_SCALE)
+
+
+def _check(bits: int, lowest: int) -> None:
+    if not lowest <= bits <= 8:
+        raise UserError(f"MinMax: bits is {bits}, but must be {lowest} to 8 here")
