@@ -1,0 +1,83 @@
+"""Finding the BatchNorm behind a quantized layer, and what it does to each channel.
+
+Every quantizer here rounds the *raw* weight (quantize, then normalize), so a BatchNorm at rest is one more factor
+and shift per output channel, and folds into the layer's scale and bias without touching an integer:
+
+    y_c = (acc_c s_x s_c + b_c - mu_c) gamma_c / sqrt(var_c + eps) + beta_c
+        = acc_c s_x (s_c f_c) + ((b_c - mu_c) f_c + beta_c),        f_c = gamma_c / sqrt(var_c + eps)
+
+What reads what is taken from a recorded forward pass (`galago.layers.flow`), however the model is written.
+Background: Jacob et al., CVPR 2018, arXiv 1712.05877, section 3.2.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from galago.layers import Flow, find
+
+
+class Scaling(NamedTuple):
+    """`x * factor + shift` for each output channel, float64."""
+
+    factor: Tensor
+    shift: Tensor
+
+    def after(self, first: Scaling) -> Scaling:
+        """Both in one, `first` coming first."""
+        return Scaling(self.factor * first.factor, self.factor * first.shift + self.shift)
+
+
+def scaling_of(norm: nn.Module) -> Scaling:
+    """What a BatchNorm does in evaluation mode."""
+    assert isinstance(norm, _BatchNorm)  # `is_foldable` made sure
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    mean, variance = norm.running_mean.detach().double(), norm.running_var.detach().double()
+    gamma = torch.ones_like(mean) if norm.weight is None else norm.weight.detach().double()
+    beta = torch.zeros_like(mean) if norm.bias is None else norm.bias.detach().double()
+    factor = gamma / (variance + norm.eps).sqrt()
+    return Scaling(factor, beta - mean * factor)
+
+
+def following_norm(network: nn.Module, seen: Flow, path: str) -> str | None:
+    """The path of the BatchNorm that alone reads what the layer at `path` gives, each running just once.
+
+    None where there is none, or where folding it would change another reader of the same tensor.
+    """
+    gave = seen.gave.get(path, [])
+    if len(gave) != 1 or len(gave[0]) != 1:
+        return None
+    number = gave[0][0]
+    readers = {call.module for call in seen.consumers(number)}
+    if len(readers) != 1 or number in {given for run in seen.gave[""] for given in run}:
+        return None
+    reader = readers.pop()
+    alone = len(seen.received.get(reader, [])) == 1 and number in seen.received[reader][0]
+    channels_second = seen.values[number].ndim > 2 or isinstance(find(network, reader), nn.BatchNorm1d)
+    return reader if alone and channels_second and is_foldable(find(network, reader)) else None
+
+
+def is_foldable(module: nn.Module) -> bool:
+    """Whether a module is a BatchNorm with fixed statistics that computes what PyTorch's own does."""
+    if not isinstance(module, _BatchNorm) or module.running_mean is None or module.running_var is None:
+        return False
+    own_forward = type(module).forward is not _BatchNorm.forward
+    return not own_forward or isinstance(module, nn.SyncBatchNorm) or normalizes_then_activates(module)
+
+
+def normalizes_then_activates(module: nn.Module) -> bool:
+    """Whether it is timm's BatchNormAct: normalization, then drop-out, then an activation."""
+    return isinstance(getattr(module, "drop", None), nn.Module) and isinstance(getattr(module, "act", None), nn.Module)
+
+
+def without_norm(module: nn.Module) -> nn.Module:
+    """What is left of a folded BatchNorm."""
+    if not normalizes_then_activates(module):
+        return nn.Identity()
+    parts = [part for name, part in module.named_children() if name in ("drop", "act")]
+    return nn.Sequential(*(part for part in parts if not isinstance(part, nn.Identity)))

@@ -1,0 +1,174 @@
+"""What a network answered to every test image, and whether two networks that saw the same images differ.
+
+Paired comparison: both networks saw the same images, so differences are taken image by image and the images are drawn
+again with replacement (the bootstrap of Efron, Annals of Statistics 1979), which is far sharper than two separate
+intervals. For right and wrong answers alone McNemar's exact test (Psychometrika 1947) looks only at the images on
+which the two disagree: under "no difference" each of the n = b + c of them is a coin toss,
+
+    p = min(1, 2 · Σ_{i ≤ min(b, c)} C(n, i) / 2^n).
+"""
+
+from __future__ import annotations
+
+import math
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+
+from galago.errors import UserError
+from galago.probes.calibration import Bins, reliability
+
+SECTIONS = ("model", "onnx", "openvino")  # the forms of a network, as in metrics.json
+BINS = 15
+_LARGEST = 1_000_000_000  # bytes of one array
+Values = NDArray[np.float64]
+
+
+class Predictions(NamedTuple):
+    """One network's answers, image by image (N)."""
+
+    target: NDArray[np.int64]
+    confidence: Values  # probability of the predicted class
+    correct: Values  # 1 where the answer was right
+    surprise: Values  # −log of the true class's probability, in nats
+    distance: Values  # squared distance from the truth, summed over classes
+
+    def bins(self) -> Bins:
+        """The reliability diagram."""
+        return reliability(torch.from_numpy(self.confidence), torch.from_numpy(self.correct), BINS)
+
+
+class Interval(NamedTuple):
+    """A difference after − before, and where 95 % of the resampled differences lie."""
+
+    difference: float
+    low: float
+    high: float
+
+
+class Paired(NamedTuple):
+    """Two networks on the same images."""
+
+    images: int
+    only_before: int  # images that only the first one had right
+    only_after: int
+    p: float
+    accuracy: Interval
+    ece: Interval
+    nll: Interval
+    brier: Interval
+
+
+def read_predictions(folder: Path) -> dict[str, Predictions]:
+    """The stored outputs of a classifier, by form of the network; other outputs than class scores are passed over.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    found = {}
+    for section in SECTIONS:
+        path = folder / f"{section}.npz"
+        if path.exists() and (answers := _judged(*_arrays(path), path)) is not None:
+            found[section] = answers
+    return found
+
+
+def compare(before: Predictions, after: Predictions, rounds: int = 1000, seed: int = 0) -> Paired | None:
+    """Every difference with its interval; None when the two did not see the same images.
+
+    Args:
+        before: the network one had.
+        after: the network one has now.
+        rounds: how often the images are drawn again.
+        seed: of the draws.
+    """
+    if not np.array_equal(before.target, after.target):
+        return None
+    images = len(after.target)
+    draws = np.random.default_rng(seed)
+    counts = np.ones(images)
+    found = [_differences(before, after, counts)]
+    for _ in range(rounds):
+        drawn = np.bincount(draws.integers(0, images, images), minlength=images)
+        found.append(_differences(before, after, drawn.astype(np.float64)))
+    low, high = np.quantile(np.stack(found[1:]), [0.025, 0.975], axis=0)
+    intervals = [Interval(*map(float, values)) for values in zip(found[0], low, high, strict=True)]
+    worse, better = (int(((x > 0) & (y == 0)).sum()) for x, y in _both_ways(before.correct, after.correct))
+    return Paired(images, worse, better, mcnemar(worse, better), *intervals)
+
+
+def mcnemar(only_before: int, only_after: int) -> float:
+    """Chance of a split at least this uneven if neither network were better.
+
+    >>> mcnemar(0, 0), mcnemar(1, 4), round(mcnemar(0, 10), 6)
+    (1.0, 0.375, 0.001953)
+    """
+    n, k = only_before + only_after, min(only_before, only_after)
+    tail = math.fsum(math.exp(_log_choose(n, i) - n * math.log(2)) for i in range(k + 1))
+    return min(1.0, round(2 * tail, 12))
+
+
+def _log_choose(n: int, i: int) -> float:
+    return math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1)
+
+
+def _both_ways(x: Values, y: Values) -> tuple[tuple[Values, Values], tuple[Values, Values]]:
+    return (x, y), (y, x)
+
+
+def _differences(before: Predictions, after: Predictions, counts: Values) -> Values:
+    """Accuracy, ECE, NLL and Brier score, after − before, with image i counted `counts[i]` times."""
+    return _scores(after, counts) - _scores(before, counts)
+
+
+def _scores(answers: Predictions, counts: Values) -> Values:
+    where = np.ceil(answers.confidence * BINS).clip(1, BINS).astype(np.int64) - 1
+    gaps = np.bincount(where, counts * (answers.correct - answers.confidence), BINS)
+    means = [counts @ values for values in (answers.correct, answers.surprise, answers.distance)]
+    return np.array([means[0], np.abs(gaps).sum(), means[1], means[2]]) / counts.sum()
+
+
+def _arrays(path: Path) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    try:
+        _check_sizes(path)
+        with np.load(path, allow_pickle=False) as stored:
+            return stored["output"].astype(np.float64), stored["target"].astype(np.int64)
+    except (OSError, ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise UserError(
+            f"{path} is damaged or holds no `output` and `target`: {str(error).splitlines()[0]};"
+            " delete it and run `galago measure` again"
+        ) from error
+
+
+def _check_sizes(path: Path) -> None:
+    """Refuses arrays that claim to be larger than what is stored, before memory is taken for them."""
+    with zipfile.ZipFile(path) as archive:
+        for name in ("output.npy", "target.npy"):
+            with archive.open(name) as member:
+                version = npy.read_magic(member)
+                read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+                shape, _, dtype = read(member)
+            claimed, stored = math.prod(shape) * dtype.itemsize, archive.getinfo(name).file_size
+            if claimed > min(stored, _LARGEST) or dtype.kind not in "fiu":
+                raise ValueError(f"{name} claims {claimed} bytes of {dtype}")
+
+
+def _judged(output: NDArray[np.float64], target: NDArray[np.int64], path: Path) -> Predictions | None:
+    if output.ndim != 2 or not np.isfinite(output).all():  # no class scores, or a network that diverged
+        return None
+    images, classes = output.shape
+    if not images or target.shape != (images,) or target.min() < 0 or target.max() >= classes:
+        raise UserError(f"{path}: `target` does not hold the class of each of the {images} outputs; measure again")
+    logarithm = output - output.max(1, keepdims=True)
+    logarithm -= np.log(np.exp(logarithm).sum(1, keepdims=True))
+    probability, each = np.exp(logarithm), np.arange(images)
+    predicted = output.argmax(1)  # the lowest index on ties
+    truth = probability[each, target]
+    distance = (probability**2).sum(1) - 2 * truth + 1
+    correct = (predicted == target).astype(np.float64)
+    return Predictions(target, probability[each, predicted], correct, -logarithm[each, target], distance)
