@@ -13,6 +13,7 @@ from torch import nn
 
 from galago.data import Data
 from galago.errors import UserError
+from galago.method import Method
 from galago.probe import Deployed, Probe, measure
 from galago.trainer import Learner
 
@@ -55,6 +56,11 @@ class TrainingMonitor:
 
     def __exit__(self, *exception: object) -> None:
         self.bar.stop()
+
+    def prepared(self, methods: Sequence[Method]) -> None:
+        """Shows what each method changed."""
+        for summary in filter(None, (method.summary() for method in methods)):
+            console.print(summary)
 
     def stepped(self, epoch: int, batch: int, of: int, numbers: dict[str, float]) -> None:
         """After a batch: moves the bar, whose end is the end of the whole training."""

@@ -42,6 +42,10 @@ class Method(nn.Module):
         """Once, after training: take away whatever deployment does not need."""
         return model
 
+    def summary(self) -> object | None:
+        """What `prepare` changed, for a person to read before training: a text or anything rich can print."""
+        return None
+
 
 @dataclass(frozen=True)
 class Forward:

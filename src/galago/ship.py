@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from rich.console import Console
@@ -12,11 +13,11 @@ from galago.console import say
 from galago.deploy import onnx, openvino
 from galago.deploy.report.report import write_report
 from galago.deploy.verify import show, verify_run
-from galago.errors import UserError
 from galago.measure import measure_latency, measure_run
 from galago.probe import Deployed
 from galago.run import Run, load
-from galago.spec import describe
+from galago.train import check_fit
+from galago.trainer import Learner, prepare
 
 
 def ship(arguments: Sequence[str]) -> int:
@@ -43,10 +44,7 @@ def ship(arguments: Sequence[str]) -> int:
 
 def _needed(path: Path, arguments: Sequence[str]) -> Path:
     """The run of a recipe that this one needs, trained and measured if it is not there yet."""
-    base = next(
-        (Path(value).parent for option, value in zip(arguments, arguments[1:], strict=False) if option == "--config"),
-        Path(),
-    )
+    base = next((Path(value).parent for option, value in pairwise(arguments) if option == "--config"), Path())
     location = path if path.exists() else base / path
     config = recipe.parse(["--config", str(location)])
     if not Run(config.run).finished:
@@ -83,16 +81,15 @@ def export_run(run: Path, float_input: bool = False, allow: Sequence[str] = ()) 
 
 
 def check(arguments: Sequence[str]) -> int:
-    """Builds everything a recipe names and shows what each method would change, without training."""
+    """Builds everything a recipe names, lets each method prepare the network, and shows what it did. Trains nothing."""
     config = recipe.parse(arguments)
     made = recipe.instantiate(config)
-    for method in made.methods:
-        look = getattr(method, "check", None)
-        if look is None:
-            continue
-        Console().print(look(made.model, made.data))
-    say(f"the recipe is sound: {describe(made.data).get('class_path')}, {made.epochs} epochs into {config.run}")
+    made.data.seed = config.seed
+    check_fit(made.model, made.task, made.data)
+    learner = Learner(made.model, made.task, made.methods, made.data.normalize)
+    prepare(learner, made.data, None)
+    for summary in filter(None, (method.summary() for method in learner.ideas)):
+        Console().print(summary)
+    steps = len(made.data.train()) * made.epochs
+    say(f"the recipe is sound: {made.epochs} epochs, {steps} batches of {made.data.batch_size}, into {config.run}")
     return 0
-
-
-__all__ = ["UserError", "check", "export_run", "ship"]

@@ -115,7 +115,7 @@ def train(
     model = model.to(fabric.device)
     if channels_last:
         model = model.to(memory_format=torch.channels_last)
-    _check_fit(model, task, data)
+    check_fit(model, task, data)
     learner = Learner(model, task, methods, data.normalize, average, channels_last).to(fabric.device)
     plan = Plan(epochs, accumulate, clip, checkpoint_every, log_every, patience, lower_is_better, restore_best)
     everything = [TaskMetrics(), *probes]
@@ -156,7 +156,7 @@ def _described(model: nn.Module, task: Task, data: Data, methods: Sequence[Metho
     }
 
 
-def _check_fit(model: nn.Module, task: Task, data: Data) -> None:
+def check_fit(model: nn.Module, task: Task, data: Data) -> None:
     """One example through model and task, so that what does not fit is said before training and in plain words."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     example = data.normalize.cpu()(data.example()).to(device)

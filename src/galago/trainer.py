@@ -58,6 +58,9 @@ class Plan:
 class Monitor(Protocol):
     """Watches a training: measures the model at the end of each epoch and shows how far it is."""
 
+    def prepared(self, methods: Sequence[Method]) -> None:
+        """Before the first batch, when every method has changed the network as it wants."""
+
     def stepped(self, epoch: int, batch: int, of: int, numbers: dict[str, float]) -> None:
         """After a batch; `numbers` are empty but for the steps that are logged."""
 
@@ -150,6 +153,7 @@ def fit(
     """Trains and returns the deployable model. Continues from the run's last checkpoint where there is one."""
     saved = run.load_checkpoint(run.last)
     prepare(learner, data, saved)
+    monitor.prepared(learner.ideas)
     if compile_model:
         learner.model.compile()
     optimizer = new_optimizer(learner, factory)
