@@ -7,7 +7,8 @@ a PyTorch model behind its normalization (`Deployed`) or a file run by an engine
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -76,17 +77,25 @@ class TaskMetrics(OutputProbe):
 
 def collect(deployed: nn.Module, batches: Loader) -> Outputs:
     """Runs every batch once, in evaluation mode, and keeps outputs and targets."""
-    was_training, device = deployed.training, device_of(deployed)
+    device = device_of(deployed)
     outputs, targets = [], []
-    deployed.eval()
-    try:
-        with torch.inference_mode():
-            for batch in batches:
-                outputs.append(deployed(batch.input.to(device)).float().cpu())
-                targets.append(batch.target.cpu())
-    finally:
-        deployed.train(was_training)
+    with evaluating(deployed), torch.inference_mode():
+        for batch in batches:
+            outputs.append(deployed(batch.input.to(device)).float().cpu())
+            targets.append(batch.target.cpu())
     return Outputs(torch.cat(outputs).clone(), torch.cat(targets).clone())
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode as long as the `with` lasts; afterwards each part is in the mode it was in."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
 
 
 def measure(
