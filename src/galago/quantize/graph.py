@@ -26,7 +26,10 @@ MOVES = frozenset((
 RECTIFIERS = frozenset(("relu", "hardtanh", "clamp", "clamp_min"))
 MAXIMA = frozenset(("max_pool2d_with_indices", "max_pool3d_with_indices", "adaptive_max_pool2d"))
 MEANS = frozenset(("avg_pool2d", "avg_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "mean"))
-JOINS = frozenset(("add", "cat"))
+JOINS = frozenset(("add", "cat", "mul"))
+ACTIVATIONS = frozenset(
+    ("leaky_relu", "_prelu_kernel", "hardswish", "silu", "gelu", "elu", "mish", "tanh", "sigmoid", "hardsigmoid")
+)
 PRODUCTS = frozenset(("convolution", "addmm", "mm", "bmm", "linear"))
 
 
@@ -153,12 +156,13 @@ def obstacle(graph: Graph, path: str, layer: nn.Module) -> str:
         return f"its weight is shared with {next(call.module for call in read if call.module != path)}"
     if len(read) != 1 or read[0].operation not in {"t", "transpose", *PRODUCTS}:
         return "it computes another weight from the one it stores"
-    return "" if _gives_its_product(graph, path) else "it computes more than its product"
+    return "" if _gives_its_product(graph, path, layer) else "it computes more than its product"
 
 
-def _gives_its_product(graph: Graph, path: str) -> bool:
-    """Whether what a layer gives out is its product, at most reshaped."""
+def _gives_its_product(graph: Graph, path: str, layer: nn.Module) -> bool:
+    """Whether what a layer gives out is its product, at most reshaped and with its bias added."""
+    bias = graph.numbers.get(id(layer._parameters.get("bias")))
     maker = graph.makers.get(graph.flow.gave[path][0][0])
-    while maker is not None and maker.module == path and maker.operation in MOVES:
+    while maker is not None and (maker.operation in MOVES or (maker.operation == "add" and bias in maker.inputs)):
         maker = graph.makers.get(maker.inputs[0])
     return maker is not None and maker.module == path and maker.operation in PRODUCTS

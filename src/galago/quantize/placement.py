@@ -18,7 +18,7 @@ from typing import NamedTuple
 from torch import nn
 
 from galago.layers import Call
-from galago.quantize.graph import CONVOLUTIONS, JOINS, MAXIMA, MEANS, MOVES, RECTIFIERS, Graph
+from galago.quantize.graph import ACTIVATIONS, CONVOLUTIONS, JOINS, MAXIMA, MEANS, MOVES, RECTIFIERS, Graph
 
 
 class Missed(NamedTuple):
@@ -41,6 +41,7 @@ class Streams:
         places: path of each module to the number of the tensor that it gives out.
         missed: what stays float for want of a place.
         whole: numbers of the tensors whose values are integers times a scale.
+        near: numbers of the tensors that are one activation away from that.
         joined: numbers of the sums and concatenations that an engine computes in integers.
     """
 
@@ -51,48 +52,56 @@ class Streams:
         self.places: dict[str, int] = {}
         self.missed: list[Missed] = []
         self.whole: set[int] = set()
+        self.near: set[int] = set()
         self.joined: set[int] = set()
         for call in graph.flow.calls:
             self._visit(call)
 
     def _visit(self, call: Call) -> None:
         """Decides about what one operation makes. Operations come in order, so what they read is decided."""
-        convolves = call.operation == "convolution" and issubclass(
-            self.integer.get(call.module, nn.Module), CONVOLUTIONS
-        )
-        if convolves:
+        layer = self.integer.get(call.module)
+        if call.operation == "convolution" and layer is not None and issubclass(layer, CONVOLUTIONS):
             made = self.graph.flow.gave[call.module][0][0]
             self._settle(call, made, [self.graph.normalized(made) or made], always=True)
         elif call.operation in JOINS and len(call.inputs) > 1:
             self._join(call)
-        elif call.operation in MEANS | MAXIMA and call.inputs[0] in self.whole:
-            made = call.outputs[0]
-            if call.operation in MAXIMA:
-                self.whole.add(made)
-            if self.graph.flow.values[call.inputs[0]].ndim > 3:
-                self._settle(call, made, [made])
-        elif call.operation in MOVES | RECTIFIERS and call.inputs and call.inputs[0] in self.whole:
+        elif call.inputs and call.inputs[0] in self.whole:
+            self._follow(call)
+
+    def _follow(self, call: Call) -> None:
+        """What becomes of integers in an operation on one tensor."""
+        if call.operation in MOVES | RECTIFIERS | MAXIMA:
             self.whole.update(call.outputs)
+        elif call.operation in ACTIVATIONS:
+            self.near.update(call.outputs)
+        if call.operation in MEANS | MAXIMA and self.graph.flow.values[call.inputs[0]].ndim > 3:
+            self._settle(call, call.outputs[0], [call.outputs[0]])
 
     def _join(self, call: Call) -> None:
-        """An addition or concatenation is computed in integers if everything it reads is, or can be made so."""
-        read = list(dict.fromkeys(call.inputs))
-        if self.whole.isdisjoint(read) or not self._worthwhile(call.outputs[0]):
+        """An addition, product or concatenation is computed in integers if all it reads is, or can be made so.
+
+        A product of two activations (squeeze and excitation behind hard-swish) is not worth two more streams.
+        """
+        ready = self.whole if call.operation == "mul" else self.whole | self.near
+        if ready.isdisjoint(call.inputs) or not self._worthwhile(call.outputs[0]):
             return
-        wanting = {number: self._before(number) for number in read if number not in self.whole}
-        if lost := [number for number, giver in wanting.items() if giver is None]:
-            maker = self.graph.makers.get(lost[0])
-            what = (
-                f"the result of {maker.operation} in {maker.module or 'the network'}" if maker else "one of its inputs"
-            )
-            self.missed.append(Missed(call.module, call.operation, f"float: {what} is not what any module gives out"))
-            return
+        wanting = {number: self._before(number) for number in call.inputs if number not in self.whole}
         for number, giver in wanting.items():
-            assert giver is not None
-            self.places.setdefault(giver, number)
+            if giver is None:
+                self.missed.append(Missed(call.module, call.operation, self._lost(number)))
+                return
+        for number, giver in wanting.items():
+            self.places.setdefault(str(giver), number)
             self.whole.add(number)
         if self._settle(call, call.outputs[0], [call.outputs[0]]):
             self.joined.add(call.outputs[0])
+
+    def _lost(self, number: int) -> str:
+        """Why a tensor that is joined with others cannot be kept in integers."""
+        maker = self.graph.makers.get(number)
+        if number not in self.graph.alive or maker is None:
+            return "float: one of the two is stored in the network or is its input"
+        return f"float: no module gives out the {maker.operation} of {maker.module or 'the network'} that it reads"
 
     def _settle(self, call: Call, made: int, before: list[int], always: bool = False) -> bool:
         """Puts a stream on a result where one is needed: behind its ReLU, or as near to that as a module ends.
@@ -109,7 +118,7 @@ class Streams:
                 self.places.setdefault(giver, number)
                 self.whole.add(number)
                 return True
-        self.missed.append(Missed(call.module, call.operation, "float: its result is not what any module gives out"))
+        self.missed.append(Missed(call.module, call.operation, "float: no module gives out its result"))
         return False
 
     def _needed(self, number: int, always: bool) -> bool:
