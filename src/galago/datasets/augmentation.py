@@ -76,9 +76,9 @@ def whole_batch(transform: nn.Module, images: Tensor, seeds: Seeds, draw: int) -
     if type(transform) is v2.RandomCrop and _plain(transform):
         return crop(images, transform, (uniform(seeds, draw), uniform(seeds, draw + 1)))
     if type(transform) is v2.RandomHorizontalFlip:
-        return flip(images, 3, uniform(seeds, draw) < cast(float, transform.p))
+        return flip(images, 3, uniform(seeds, draw) < cast("float", transform.p))
     if type(transform) is v2.RandomVerticalFlip:
-        return flip(images, 2, uniform(seeds, draw) < cast(float, transform.p))
+        return flip(images, 2, uniform(seeds, draw) < cast("float", transform.p))
     return None
 
 
@@ -124,7 +124,7 @@ class Augmentation:
 def _parts(transform: nn.Module) -> list[nn.Module]:
     if type(transform) is not v2.Compose:
         return [transform]
-    return [part for inner in cast(list[nn.Module], transform.transforms) for part in _parts(inner)]
+    return [part for inner in cast("list[nn.Module]", transform.transforms) for part in _parts(inner)]
 
 
 def _applied(transforms: list[nn.Module], image: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ class ImageData(Data, ABC):
 
     def _divide(self, sources: Sources) -> tuple[Split, Split, Split]:
         training = everything(sources.training)
-        other = sources.validation or sources.test
+        other = sources.test if sources.validation is None else sources.validation
         if self.hold_out > 0:
             training, validation = set_aside(training, self.hold_out, self.split_seed)
         elif other is not None:
