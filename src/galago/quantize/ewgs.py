@@ -11,7 +11,7 @@ level:
 
 Inputs enter the layer as `q` in [0, 1], weights as `2 q - 1`, and the layer learns an output scale. `l` and `u` are
 learned, one pair a tensor; the clip has slope 1 inside and on both ends. `delta = 0` is the straight-through estimator;
-`galago.quantize.ewgs_delta.HessianDelta` sets it from the curvature of the loss, as the paper does.
+`galago.quantize.ewgs_delta.EWGSDelta` sets it from the curvature of the loss, as the paper does.
 
 When to use it: 1 to 4 bits, starting from a trained float network. It costs a few element-wise operations and two sums
 a tensor; nothing of delta survives training.
@@ -108,11 +108,12 @@ class EWGS(Quantizer):
 
     Args:
         bits: width of the integer, 1 to 8.
-        fixed_delta: strength of the gradient scaling until something else sets it (paper: 0, or 0.001 throughout).
+        fixed_delta: strength of the gradient scaling until `EWGSDelta` sets it (paper, without that: 0.001).
         learning_rate_factor: of the interval's learning rate, against the weights'.
     """
 
     normalized = True
+    span = 1.0  # how wide the values lie
     delta: Tensor
 
     def __init__(self, bits: int = 4, fixed_delta: float = 0.0, learning_rate_factor: float = 0.01) -> None:
@@ -156,6 +157,8 @@ class EWGS(Quantizer):
 
 class EWGSWeight(EWGS):
     """Learned interval with element-wise gradient scaling, for weights. Gives values in [-1, 1]."""
+
+    span = 2.0
 
     @property
     def steps(self) -> int:
