@@ -42,27 +42,33 @@ def run(name: str, arguments: Sequence[str]) -> int:
 
 def _with_recipe(name: str, arguments: Sequence[str]) -> int:
     """train, ship and check take a recipe, and any value of it on the command line."""
-    from galago import recipe, ship
+    from galago import recipe
 
     if any(option in ("-h", "--help") or option.startswith("--help=") for option in arguments) or not arguments:
         recipe.parser(name).parse_args(list(arguments) or ["--help"])
     if name == "train":
         recipe.train_recipe(arguments)
         return 0
-    return ship.ship(arguments) if name == "ship" else ship.check(arguments)
+    if name == "check":
+        from galago.check import check
+
+        return check(arguments)
+    from galago.ship import ship
+
+    return ship(arguments)
 
 
-def export_command(run: Path, float_input: bool = False, allow: Sequence[str] = ()) -> int:
+def export_command(run: Path, float_image: bool = False, allow: Sequence[str] = ()) -> int:
     """Write a run's model as integer files: model.onnx for ONNX Runtime, model.xml and model.bin for OpenVINO.
 
     Args:
         run: folder of a finished run.
-        float_input: take float images in 0…1 rather than uint8 images in 0…255.
+        float_image: take float images in 0…1 rather than uint8 images in 0…255.
         allow: packages that the run's architecture may import from besides galago, torch, torchvision and timm.
     """
     from galago.ship import export_run
 
-    for path, size in export_run(run, float_input, allow).items():
+    for path, size in export_run(run, float_image, allow).items():
         print(f"{path}  {size / 1e6:.3f} MB")
     return 0
 

@@ -25,7 +25,7 @@ from galago.probes.cost import Cost, cost_table
 from galago.probes.latency import Timing, compare
 from galago.probes.size import Size
 from galago.recipe import Parts, parts_of
-from galago.run import Run, atomic, load, read_json, write_json
+from galago.run import Run, atomic, load, normalization_of, read_json, write_json
 
 NAMES = {".onnx": "onnx", ".xml": "openvino"}
 
@@ -44,7 +44,7 @@ def measure_run(
     files = Run(run)
     network = load(run, allow)
     parts = parts_of(files, allow, data_root)
-    model = Deployed(network, network.normalization, parts.task)
+    model = Deployed(network, normalization_of(network), parts.task)
     deployed = model if artifact is None else runtime.load(artifact)
     name = "model" if artifact is None else NAMES[artifact.suffix]
     outputs = collect(deployed, parts.data.test())
@@ -117,7 +117,7 @@ def measure_latency(
     example = parts.data.example()
     rows: list[dict[str, Any]] = []
     with TemporaryDirectory() as folder:
-        plain = Deployed(unwrapped(load(run, allow)), network.normalization, parts.task)
+        plain = Deployed(unwrapped(load(run, allow)), normalization_of(network), parts.task)
         floating = onnx.export(plain, example, Path(folder) / "float.onnx")
         engines = {
             ("onnxruntime", "fp32"): runtime.OnnxRuntime(floating, threads=threads),

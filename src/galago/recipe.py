@@ -21,7 +21,6 @@ from galago.spec import guard
 from galago.task import Task
 from galago.train import train
 
-
 _PURPOSES = {
     "train": "Train a recipe into a run's folder. Given again, it continues where it stopped.",
     "ship": "Train (with all that the recipe needs), export, verify, measure and report.",
@@ -41,7 +40,7 @@ class Parts:
 
 
 def parser(command: str = "train") -> ArgumentParser:
-    """The command line of `galago train`, `ship` and `check`: every argument of `galago.train.train`, and `--config`."""
+    """The options of `galago train`, `ship` and `check`: every argument of `galago.train.train`, and `--config`."""
     made = ArgumentParser(prog=f"galago {command}", description=_PURPOSES[command], exit_on_error=False)
     made.add_argument("--config", action="config", help="a recipe; later options override what it says")
     made.add_function_arguments(train, skip={"recipe"})

@@ -183,6 +183,12 @@ def load(run: Path | str, allow: Sequence[str] = ()) -> nn.Module:
     return model.eval()
 
 
+def normalization_of(model: nn.Module) -> Normalize:
+    """What the input of a model that `load` gave must have gone through."""
+    found: Normalize = model.__dict__["normalization"]
+    return found
+
+
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """A temporary file that takes the place of `path` once it is complete and on the disk."""

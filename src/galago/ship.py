@@ -1,4 +1,4 @@
-"""`ship`: from a recipe to proved files and a report; `check`: what a recipe would do, before it does it."""
+"""`ship`: from a recipe to proved files and a report, in one go."""
 
 from __future__ import annotations
 
@@ -6,18 +6,15 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from rich.console import Console
-
 from galago import recipe
 from galago.console import say
 from galago.deploy import onnx, openvino
+from galago.deploy.integer import lower
 from galago.deploy.report.report import write_report
 from galago.deploy.verify import show, verify_run
 from galago.measure import measure_latency, measure_run
 from galago.probe import Deployed
-from galago.run import Run, load
-from galago.train import check_fit
-from galago.trainer import Learner, prepare
+from galago.run import Run, load, normalization_of
 
 
 def ship(arguments: Sequence[str]) -> int:
@@ -68,28 +65,19 @@ def _packages(content: object) -> list[str]:
     return sorted(found)
 
 
-def export_run(run: Path, float_input: bool = False, allow: Sequence[str] = ()) -> dict[str, int]:
-    """Writes model.onnx, model.xml and model.bin into a run's folder; paths and bytes."""
-    files = Run(run)
-    network = load(run, allow)
+def export_run(run: Path, float_image: bool = False, allow: Sequence[str] = ()) -> dict[str, int]:
+    """Writes model.onnx, model.xml and model.bin into a run's folder; paths and bytes.
+
+    Args:
+        run: folder of a finished run.
+        float_image: take float images in 0…1 rather than uint8 images in 0…255.
+        allow: packages to import from besides galago, torch, torchvision and timm.
+    """
+    files, network = Run(run), load(run, allow)
     parts = recipe.parts_of(files, allow)
-    deployed = Deployed(network, network.normalization, parts.task)
-    example = parts.data.example()
-    written = [onnx.export(deployed, example, files.onnx, float_input=float_input)]
-    written += openvino.export(deployed, example, files.openvino, float_input=float_input)
+    normalize, example = normalization_of(network), parts.data.example()
+    integer = Deployed(lower(network, normalize(example)), normalize, parts.task)
+    onnx.export(integer, example, files.onnx, float_image)
+    openvino.export(integer, example, files.openvino, float_image)
+    written = (files.onnx, files.openvino, files.openvino.with_suffix(".bin"))
     return {str(path): path.stat().st_size for path in written}
-
-
-def check(arguments: Sequence[str]) -> int:
-    """Builds everything a recipe names, lets each method prepare the network, and shows what it did. Trains nothing."""
-    config = recipe.parse(arguments)
-    made = recipe.instantiate(config)
-    made.data.seed = config.seed
-    check_fit(made.model, made.task, made.data)
-    learner = Learner(made.model, made.task, made.methods, made.data.normalize)
-    prepare(learner, made.data, None)
-    for summary in filter(None, (method.summary() for method in learner.ideas)):
-        Console().print(summary)
-    steps = len(made.data.train()) * made.epochs
-    say(f"the recipe is sound: {made.epochs} epochs, {steps} batches of {made.data.batch_size}, into {config.run}")
-    return 0
