@@ -12,6 +12,7 @@ from galago.batch import Batch
 from galago.errors import UserError
 from galago.method import Forward
 from galago.tasks.classify import Classify
+from galago.testing import check_method
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "regularization" / "cutmix.npz")
 
@@ -215,3 +216,8 @@ def spy(seen: list[Batch]) -> Forward:
             return super().losses(output, batch)
 
     return Forward(Seeing(), Noting(6))
+
+
+@pytest.mark.parametrize("per_image", [False, True])
+def test_it_obeys_the_laws(per_image: bool) -> None:
+    check_method(lambda: CutMix(probability=1.0, per_image=per_image))

@@ -4,6 +4,7 @@ import torch
 from galago.augment.mixup import Mixup, average
 from galago.batch import Batch
 from galago.errors import UserError
+from galago.testing import check_method
 
 
 def identity_batch(count: int = 8) -> Batch:
@@ -58,3 +59,7 @@ def test_probability_is_the_share_of_batches_mixed() -> None:
 def test_numbers_out_of_range_are_refused_by_name(alpha: float, probability: float) -> None:
     with pytest.raises(UserError, match=r"Mixup: (alpha|probability)"):
         Mixup(alpha, probability)
+
+
+def test_it_obeys_the_laws() -> None:
+    check_method(Mixup)

@@ -10,8 +10,12 @@ from galago.batch import Batch, Step
 from galago.data import Data, Loader, Normalize
 from galago.distill.logits import DistillLogits, softened_divergence
 from galago.errors import UserError
+from galago.layers import swap
 from galago.method import Forward, Method
+from galago.quantize.layer import QuantLayer
+from galago.quantize.min_max import MinMax, MinMaxWeight
 from galago.tasks.classify import Classify
+from galago.testing import check_method, tiny_network
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "distillation" / "kd_hinton.npz")
 
@@ -196,3 +200,16 @@ def test_half_precision_scores_are_compared_in_full() -> None:
 def test_a_temperature_that_is_not_positive_is_refused() -> None:
     with pytest.raises(UserError, match="temperature"):
         DistillLogits(network(), temperature=0.0)
+
+
+def test_it_obeys_the_laws() -> None:
+    check_method(lambda: DistillLogits(tiny_network()))
+
+
+def test_it_distills_into_a_quantized_network_within_the_laws() -> None:
+    def quantized() -> nn.Module:
+        model = tiny_network()
+        swap(model, "down.0", QuantLayer(model.down[0], MinMaxWeight(4), MinMax(4)))
+        return model
+
+    check_method(lambda: DistillLogits(tiny_network()), make_model=quantized)

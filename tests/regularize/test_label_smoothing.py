@@ -10,6 +10,7 @@ from galago.errors import UserError
 from galago.method import Forward
 from galago.regularize.label_smoothing import LabelSmoothing, smooth
 from galago.tasks.classify import Classify
+from galago.testing import check_method
 
 
 def smoothed_step(batch: Batch, epsilon: float) -> Step:
@@ -60,3 +61,7 @@ def test_an_impossible_share_is_refused(epsilon: float) -> None:
 def test_targets_that_are_not_probabilities_are_refused() -> None:
     with pytest.raises(UserError, match="class probabilities"):
         smoothed_step(Batch(torch.zeros(2, 3), torch.tensor([0, 1])), 0.1)
+
+
+def test_it_obeys_the_laws() -> None:
+    check_method(LabelSmoothing)

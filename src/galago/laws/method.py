@@ -98,7 +98,6 @@ def _resumes(start: Callable[..., Trial]) -> None:
     for number in (1, 2):
         resumed.step(number)
     first, second = straight.learner.state_dict(), resumed.learner.state_dict()
-    require(first.keys() == second.keys(), "a resumed method rebuilds the same structure")
     lost = [name for name in first if not identical(first[name], second[name])]
     require(not lost, f"saved and resumed training goes on bit for bit, but these differ: {', '.join(lost[:5])}")
 

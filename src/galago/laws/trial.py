@@ -141,8 +141,11 @@ class Trial:
                 self.learner.model = method.epoch(self.learner.model, 0)
             self.optimizer = follow(self.learner, self.optimizer, factory)
         else:
-            self.learner.load_state_dict(saved["learner"])
-            self.optimizer.load_state_dict(saved["optimizer"])
+            try:
+                self.learner.load_state_dict(saved["learner"])
+                self.optimizer.load_state_dict(saved["optimizer"])
+            except (RuntimeError, ValueError) as error:
+                raise AssertionError(f"broken law: `prepare` rebuilds the structure on resume, but {error}") from error
             set_random_state(saved["random"])
 
     def step(self, number: int) -> Step:

@@ -1,0 +1,83 @@
+"""Any two methods train together: a sample of pairs in every run, all of them with GALAGO_ALL_PAIRS=1."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from importlib import import_module
+from itertools import permutations
+
+import pytest
+import torch
+
+from galago.catalogue import ideas
+from galago.distill.logits import DistillLogits
+from galago.laws.trial import TinyImages, Trial, classify, clone, exported, tiny_network
+from galago.method import Method
+from galago.quantize.ewgs import EWGS, EWGSWeight
+from galago.quantize.min_max import MinMax
+from galago.quantize.quantize import Quantize
+from galago.trainer import finish
+
+# Methods that need arguments, and methods that need another before them. All others are found and made by themselves.
+GIVEN: dict[str, Callable[[], Method]] = {
+    "DistillLogits": lambda: DistillLogits(tiny_network()),
+    "Quantize": lambda: Quantize(EWGSWeight(4), EWGS(4), stream=MinMax(8)),
+}
+BEFORE = {"EWGSDelta": "Quantize"}
+METHODS = {idea.name: idea.class_path for idea in ideas() if idea.kind == "method"}
+PAIRS = sorted(permutations(METHODS, 2))
+
+
+def make(name: str) -> Method:
+    if name in GIVEN:
+        return GIVEN[name]()
+    module, _, kind = METHODS[name].rpartition(".")
+    made = getattr(import_module(module), kind)()
+    assert isinstance(made, Method)
+    return made
+
+
+def sample() -> list[tuple[str, str]]:
+    """Each method once before and once behind another; every pair if asked for."""
+    if os.environ.get("GALAGO_ALL_PAIRS"):
+        return PAIRS
+    names = sorted(METHODS)
+    return list(zip(names, names[1:] + names[:1], strict=True))
+
+
+def trial(*names: str) -> Trial:
+    wanted = [name for one in names for name in (BEFORE.get(one), one) if name is not None]
+    return Trial(tiny_network, classify(), TinyImages(), lambda: [make(name) for name in dict.fromkeys(wanted)])
+
+
+@pytest.mark.parametrize(("outer", "inner"), sample())
+def test_a_pair_of_methods_trains_one_step_and_finishes(outer: str, inner: str) -> None:
+    started = trial(outer, inner)
+    before = clone(dict(started.learner.model.named_parameters()))
+    assert started.step(0).loss.isfinite()
+    after = dict(started.learner.model.named_parameters())
+    assert after.keys() == before.keys()
+    assert all(tensor.isfinite().all() for tensor in after.values())
+    (head,) = [name for name in after if name.startswith("head.") and name.endswith(".weight")]
+    assert not torch.equal(after[head], before[head])
+    scores = exported(finish(started.learner), started.image())
+    assert scores.shape == (2, 3)
+    assert scores.isfinite().all()
+
+
+def test_every_method_is_in_the_sample() -> None:
+    assert {name for pair in sample() for name in pair} == set(METHODS) >= {"CutMix", "Mixup", "LabelSmoothing"}
+
+
+def test_losses_of_both_methods_are_there() -> None:
+    losses = trial("DistillLogits", "CutMix").step(0).losses
+    assert losses.keys() == {"cross_entropy", "distillation"}
+
+
+def test_a_batch_goes_down_the_list_in_order() -> None:
+    torch.manual_seed(1)
+    first = trial("CutMix", "LabelSmoothing").step(0).batch.target
+    second = trial("LabelSmoothing", "CutMix").step(0).batch.target
+    torch.testing.assert_close(first, second)  # smoothing and mixing are linear
+    assert (first > 0).all()
