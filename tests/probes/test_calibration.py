@@ -22,6 +22,7 @@ from galago.probes.calibration import (
     reliability,
 )
 from galago.tasks.classify import Classify
+from galago.testing import check_probe
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden/regularization/reliability_metrics_calibration.npz")
 CONFIDENCE = torch.tensor([0.95, 0.9, 0.85, 0.8, 0.75, 0.65, 0.6, 0.55, 0.5, 0.45], dtype=torch.float64)
@@ -149,3 +150,7 @@ def test_labels_drawn_from_the_prediction_are_calibrated() -> None:
 def test_no_bins_is_refused_with_advice() -> None:
     with pytest.raises(UserError, match="bins is 0"):
         Calibration(0)
+
+
+def test_the_laws_of_probes_hold() -> None:
+    check_probe(Calibration, same_on_artifact=False)

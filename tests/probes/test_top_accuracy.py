@@ -1,4 +1,4 @@
-"""Top-1 and top-k accuracy."""
+"""Top-k accuracy."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ import torch
 
 from galago.errors import UserError
 from galago.probe import Outputs
-from galago.probes.accuracy import Accuracy, among_top
+from galago.probes.top_accuracy import TopAccuracy, among_top
 from galago.tasks.classify import Classify
+from galago.testing import check_probe
 
 SCORES = torch.tensor([[3.0, 2.0, 1.0], [1.0, 2.0, 3.0], [2.0, 3.0, 1.0], [0.0, 0.0, 1.0]])
 TARGET = torch.eye(3)[[0, 1, 2, 2]]
 
 
-def test_accuracy_is_the_share_of_right_answers() -> None:
-    assert Accuracy().score(Outputs(SCORES, TARGET), Classify(3)) == {"accuracy": 0.5}
+def test_top_one_is_the_share_of_right_answers() -> None:
+    assert TopAccuracy(1).score(Outputs(SCORES, TARGET), Classify(3)) == {"top1_accuracy": 0.5}
 
 
 def test_top_two_counts_the_second_guess() -> None:
-    assert Accuracy(top=2).score(Outputs(SCORES, TARGET), Classify(3)) == {"accuracy": 0.5, "top2_accuracy": 0.75}
+    assert TopAccuracy(2).score(Outputs(SCORES, TARGET), Classify(3)) == {"top2_accuracy": 0.75}
 
 
 def test_top_k_equals_torch_topk_without_ties() -> None:
@@ -31,9 +32,13 @@ def test_top_k_equals_torch_topk_without_ties() -> None:
 
 def test_a_constant_output_is_right_only_for_the_first_class() -> None:
     outputs = Outputs(torch.zeros(30, 3), torch.eye(3).repeat(10, 1))
-    assert Accuracy(top=1).score(outputs, Classify(3)) == pytest.approx({"accuracy": 1 / 3, "top1_accuracy": 1 / 3})
+    assert TopAccuracy(1).score(outputs, Classify(3)) == pytest.approx({"top1_accuracy": 1 / 3})
 
 
 def test_no_guesses_is_refused_with_advice() -> None:
-    with pytest.raises(UserError, match="top is 0"):
-        Accuracy(top=0)
+    with pytest.raises(UserError, match="k is 0"):
+        TopAccuracy(0)
+
+
+def test_the_laws_of_probes_hold() -> None:
+    check_probe(lambda: TopAccuracy(2), same_on_artifact=False)
