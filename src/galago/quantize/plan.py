@@ -86,7 +86,9 @@ class Plan:
             return Row(path, kind, sized(self.graph.flow.values[number]), "", "", stream, "")
         weight = getattr(self.modules[path], "weight", None)
         shape = sized(weight) if isinstance(weight, Tensor) else ""
-        return Row(path, kind, shape, named(choice.weight), named(choice.input), stream, choice.why)
+        half = "float: only its weight is quantized" if choice.input is None else "float: only its input is quantized"
+        why = choice.why or ("" if choice.weight and choice.input else half)
+        return Row(path, kind, shape, named(choice.weight), named(choice.input), stream, why)
 
 
 def depth(path: str) -> int:
