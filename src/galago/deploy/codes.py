@@ -79,11 +79,11 @@ def widening(scale: Tensor, bias: Tensor | None, unit: float, reach: int) -> Ten
 
 
 def constant_scale(scale: Tensor, bias: Tensor | None, unit: float) -> Tensor:
-    """A scale for a channel without weights: any that holds the bias with 29 bits."""
-    if bias is None or not unit:
+    """A scale for a channel without weights: what remains, the bias, is held to 29 bits or to 2^-22."""
+    if not unit:
         return torch.ones_like(scale)
-    held = bias.abs() / (unit * LARGEST_BIAS / 2)
-    return torch.where(held > SMALLEST_SCALE / unit, held, 1.0)
+    largest = torch.zeros_like(scale) if bias is None else bias.abs()
+    return (largest / LARGEST_BIAS * 2).clamp_min(2.0**-22) / unit
 
 
 def encode_bias(bias: Tensor, scale: Tensor) -> Tensor:

@@ -23,9 +23,9 @@ Chosen here, where papers are silent:
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
-from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
 
 from galago.deploy.codes import centered, encode, flips_fit
@@ -36,7 +36,7 @@ from galago.layers import Flow, find, flow, swap
 from galago.quantize.layer import QuantLayer, QuantOutput
 from galago.quantize.quantizer import Quantizer, along
 
-PLAIN = {kind.forward for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, Conv2dSame, *TRANSPOSED)}
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 
 
 def lower(network: nn.Module, example: Tensor) -> nn.Module:
@@ -50,6 +50,8 @@ def lower(network: nn.Module, example: Tensor) -> nn.Module:
         UserError: a quantizer never saw data, so its range is not set.
     """
     network = copy.deepcopy(network).cpu().float().eval()
+    if not any(isinstance(module, QuantLayer | QuantOutput) for module in network.modules()):
+        return network
     check_ranges(network)
     seen = flow(network, example.cpu().float())
     for paths in places(network, QuantLayer):
@@ -118,8 +120,10 @@ def obstacle(old: QuantLayer) -> str | None:
     layer, weight, inputs = old.layer, old.weight_quantizer, old.input_quantizer
     if inputs is not None and (reason := stream_obstacle(inputs)):
         return f"its input {reason}"
-    if type(layer).forward not in PLAIN:
-        return f"{type(layer).__name__} computes with its weight in a way of its own"
+    if not isinstance(layer, (nn.Linear, *CONVOLUTIONS)):
+        return f"{type(layer).__name__} is neither a convolution nor linear"
+    if not scales_with_weight(layer):
+        return f"{type(layer).__name__} computes another weight from the one it stores"
     if isinstance(layer, TRANSPOSED) and getattr(layer, "groups", 1) > 1:
         return "a grouped transposed convolution has no axis of output channels"
     if weight is None:
@@ -130,6 +134,26 @@ def obstacle(old: QuantLayer) -> str | None:
     if codes.min() < -128 or codes.max() > 127:
         return f"its weight's codes reach from {codes.min()} to {codes.max()}, more than 8 bits hold"
     return None
+
+
+def scales_with_weight(layer: nn.Module) -> bool:
+    """Whether twice the weight and bias give twice the output, as after weight standardization they do not."""
+    doubled = copy.deepcopy(layer)
+    with torch.no_grad():
+        x = sample_input(layer, weight_of(layer))
+        for parameter in doubled.parameters():
+            parameter.mul_(2)
+        once, twice = layer(x), doubled(x)
+    return torch.allclose(2 * once, twice, rtol=1e-4, atol=1e-6 * float(once.abs().max()))
+
+
+def sample_input(layer: nn.Module, weight: Tensor) -> Tensor:
+    """Something that a convolution or linear layer can take in."""
+    if not isinstance(layer, CONVOLUTIONS):
+        return torch.linspace(-1, 1, weight.shape[1]).expand(1, -1)
+    sides = [2 * size * step + 1 for size, step in zip(layer.kernel_size, layer.dilation, strict=True)]
+    shape = (1, layer.in_channels, *sides)
+    return torch.linspace(-1, 1, math.prod(shape)).view(shape)
 
 
 def stream_obstacle(quantizer: Quantizer) -> str | None:

@@ -8,10 +8,10 @@ what engines recognize and run as integers:
     int8 codes -> DequantizeLinear (axis of output channels)                                  weights
     int32 codes -> DequantizeLinear (scale s_x s_c)                                           biases
 
-Background: ONNX operator specification, QuantizeLinear and DequantizeLinear, opset 21. Every node knows its layer: it is
-called `<module path>/<operator>` and carries the path in its metadata as `galago.module`; the codes that a layer's
-stream gives are the value `<module path>/codes`. Nothing of the machine that wrote the file (source paths, stack
-traces) goes into it. A network without quantizers exports as well: that is the float file to compare with.
+Background: ONNX operator specification, QuantizeLinear and DequantizeLinear, opset 21. Every node knows its layer:
+it is called `<module path>/<operator>` and carries the path in its metadata as `galago.module`; the codes that a
+layer's stream gives are the value `<module path>/codes`. Nothing of the machine that wrote the file (source paths,
+stack traces) goes into it. A network without quantizers exports as well: that is the float file to compare with.
 
 >>> from galago.data import Normalize
 >>> from galago.tasks.classify import Classify
@@ -24,6 +24,7 @@ traces) goes into it. A network without quantizers exports as well: that is the 
 from __future__ import annotations
 
 import ast
+import copy
 import logging
 import warnings
 from collections import Counter
@@ -39,16 +40,17 @@ import torch
 from onnxscript import opset21 as op
 from torch import Tensor, nn
 
-from galago.deploy import operators
+from galago.deploy import operators  # noqa: F401 - registers the operators
 from galago.deploy.fuse import fuse
+from galago.deploy.integer import lower
 from galago.deploy.integer_layers import IntegerLayer
 from galago.deploy.pack import pack
+from galago.deploy.reading import DECODED, IMAGE, OUTPUT, first_line
 from galago.errors import UserError
 from galago.probe import Deployed
 
 OPSET = 21
-IMAGE, OUTPUT, DECODED = "image", "output", "decoded"
-MODULE, BITS = "galago.module", "galago.bits"
+MODULE = "galago.module"
 
 
 class Artifact(nn.Module):
@@ -80,7 +82,7 @@ def export(
     """Writes the ONNX file.
 
     Args:
-        deployed: with an integer network (`galago.deploy.integer.lower`), or any float one.
+        deployed: trained, with or without quantized layers; those become integer (`galago.deploy.integer.lower`).
         example: one raw image, 1×C×H×W, uint8.
         path: of the file, `*.onnx`.
         float_image: take images as float in 0 … 1 instead of uint8.
@@ -90,6 +92,7 @@ def export(
     Raises:
         UserError: the network cannot be exported; the layer is named.
     """
+    deployed = lowered(deployed, example)
     model = build(deployed, example, float_image)
     if packed:
         model = pack(model, integer_layers(deployed))
@@ -102,6 +105,7 @@ def export(
 
 def build(deployed: Deployed, example: Tensor, float_image: bool = False) -> onnx.ModelProto:
     """The model with weights as plain int8, in memory: the form OpenVINO reads. Arguments as of `export`."""
+    deployed = lowered(deployed, example)
     image = example[:1].expand(2, *example.shape[1:]).contiguous()  # of 1 image, export would make a constant
     image = image.float() / 255 if float_image and not image.is_floating_point() else image
     program = traced(Artifact(deployed).cpu().eval(), image)
@@ -109,6 +113,13 @@ def build(deployed: Deployed, example: Tensor, float_image: bool = False) -> onn
     label(model)
     model.producer_name, model.producer_version, model.graph.name = "galago", None, "galago"
     return ir.to_proto(model)
+
+
+def lowered(deployed: Deployed, example: Tensor) -> Deployed:
+    """The same with an integer network; what is integer or float already stays as it is."""
+    normalize = copy.deepcopy(deployed.normalize).cpu()
+    network = lower(deployed.network, normalize(example[:1].cpu()))
+    return Deployed(network, normalize, copy.deepcopy(deployed.task).cpu()).eval()
 
 
 def traced(artifact: Artifact, image: Tensor) -> torch.export.ExportedProgram:
@@ -131,12 +142,17 @@ def converted(program: torch.export.ExportedProgram) -> torch.onnx.ONNXProgram:
         torch.ops.galago.quantize.default: quantize_linear,
         torch.ops.galago.dequantize.default: dequantize_linear,
     }
-    names = {"input_names": [IMAGE], "output_names": [OUTPUT, DECODED]}
     with warnings.catch_warnings(), quiet("torch.onnx"):
         warnings.simplefilter("ignore")
         try:
             found = torch.onnx.export(
-                program, **names, dynamo=True, opset_version=OPSET, custom_translation_table=table, verbose=False
+                program,
+                input_names=[IMAGE],
+                output_names=[OUTPUT, DECODED],
+                custom_translation_table=table,
+                opset_version=OPSET,
+                dynamo=True,
+                verbose=False,
             )
         except Exception as error:
             root = error.__cause__ or error
@@ -162,7 +178,7 @@ def dequantize_linear(codes: Any, scale: Any, zero_point: Any = None, axis: int 
 
 def byte(value: int) -> Any:
     """A uint8 constant."""
-    return op.Constant(value=ir.tensor(np.array(value, np.uint8)))
+    return op.Constant(value=onnx.numpy_helper.from_array(np.array(value, np.uint8)))
 
 
 def integer_layers(deployed: nn.Module) -> dict[str, IntegerLayer]:
@@ -242,9 +258,3 @@ def quiet(logger: str) -> Iterator[None]:
         yield
     finally:
         logging.getLogger(logger).setLevel(level)
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, cut to one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:200].rstrip(".")
