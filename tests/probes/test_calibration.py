@@ -153,4 +153,4 @@ def test_no_bins_is_refused_with_advice() -> None:
 
 
 def test_the_laws_of_probes_hold() -> None:
-    check_probe(Calibration, same_on_artifact=False)
+    check_probe(Calibration)

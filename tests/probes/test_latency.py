@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from galago.data import Normalize
+from galago.deploy.onnx import export
+from galago.deploy.runtime import OnnxRuntime
 from galago.errors import UserError
 from galago.models.tiny import tiny
 from galago.probe import Deployed
@@ -118,3 +121,12 @@ def test_counts_below_one_are_refused(options: dict[str, object]) -> None:
 
 def test_the_laws_of_probes_hold() -> None:
     check_probe(lambda: Latency([1], repeats=2, seconds=0), repeatable=False, same_on_artifact=False)
+
+
+def test_a_file_is_opened_again_with_as_many_threads(tmp_path: Path) -> None:
+    deployed = Deployed(tiny(width=4).eval(), Normalize([0.5], [0.5]), Classify(10)).eval()
+    export(deployed, IMAGE[:1], tmp_path / "model.onnx")
+    with with_threads(OnnxRuntime(tmp_path / "model.onnx", threads=1), 2) as again:
+        assert isinstance(again, OnnxRuntime)
+        assert again.threads == 2
+        assert again(IMAGE).shape == (2, 10)

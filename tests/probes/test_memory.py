@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from galago.data import Normalize
+from galago.deploy.onnx import export
+from galago.deploy.runtime import OnnxRuntime
 from galago.errors import UserError
 from galago.models.tiny import tiny
 from galago.probe import Deployed
@@ -82,3 +84,12 @@ def test_no_images_are_refused_with_advice() -> None:
 
 def test_the_laws_of_probes_hold() -> None:
     check_probe(PeakMemory, repeatable=False, same_on_artifact=False)
+
+
+@linux
+def test_a_file_is_opened_once_more(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 100_000, bias=False), nn.Linear(100_000, 10, bias=False))
+    deployed = Deployed(network.eval(), Normalize([0.5], [0.5]), Classify(10)).eval()
+    export(deployed, Images().example(), tmp_path / "model.onnx")
+    found = PeakMemory()(OnnxRuntime(tmp_path / "model.onnx", threads=1), Classify(10), Images())  # type: ignore[arg-type]
+    assert found["peak_memory_mb"] > 29.6  # the weights alone

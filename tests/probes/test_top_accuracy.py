@@ -41,4 +41,4 @@ def test_no_guesses_is_refused_with_advice() -> None:
 
 
 def test_the_laws_of_probes_hold() -> None:
-    check_probe(lambda: TopAccuracy(2), same_on_artifact=False)
+    check_probe(lambda: TopAccuracy(2))
