@@ -245,6 +245,17 @@ def test_first_and_last_layer_have_bits_of_their_own_or_stay_float():
     ]
 
 
+def test_first_and_last_layer_may_have_quantizers_of_another_kind():
+    class Other(Rounder):
+        pass
+
+    method = quantize(2, edge_bits=None, edge_weight=Other(5), edge_input=Other(6))
+    model = method.prepare(plain(), Images(8))
+    assert bits(model) == {"0": (5, 6), "2": (2, 2), "4": (2, 2), "6": (5, 6)}
+    assert isinstance(model[6].weight_quantizer, Other)
+    assert not isinstance(model[4].weight_quantizer, Other)
+
+
 def test_the_first_rule_that_matches_decides_and_goes_before_the_edges():
     rules = [Rule("0", weight=Rounder(3), input=Rounder(5)), Rule("4"), Rule("Conv2d", bits=6), Rule("2", bits=1)]
     assert bits(quantize(2, rules=rules).prepare(plain(), Images(8))) == {"0": (3, 5), "2": (6, 6), "6": (8, 8)}
