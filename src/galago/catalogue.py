@@ -72,7 +72,8 @@ def _kind(node: ast.stmt, module: str, local: dict[str, list[str]]) -> str:
         return "model" if module.startswith("galago.models.") and made == "nn.Module" else ""
     if not isinstance(node, ast.ClassDef):
         return ""
-    if any(isinstance(part, ast.Name) and part.id == "abstractmethod" for part in ast.walk(node)):
+    abstract = any(isinstance(part, ast.Name) and part.id == "abstractmethod" for part in ast.walk(node))
+    if abstract or "ABC" in _bases(node):
         return ""
     waiting, seen = _bases(node), set[str]()
     while waiting:

@@ -1,7 +1,7 @@
 """IDX files: MNIST, Fashion-MNIST, Kuzushiji-MNIST, EMNIST and their kin. Grey images of one size, one label each.
 
 Y. LeCun, C. Cortes, C. Burges, "The MNIST Database of Handwritten Digits", http://yann.lecun.com/exdb/mnist/;
-H. Xiao, K. Rasul, R. Vollgraf, "Fashion-MNIST", arXiv:1708.07747. The format: two zero bytes, a type (8: unsigned
+H. Xiao, K. Rasul, R. Vollgraf, "Fashion-MNIST", https://arxiv.org/abs/1708.07747. The format: two zero bytes, a type (8: unsigned
 bytes), the number of dimensions, each dimension as a big-endian 32-bit number, then the values. Files may be
 compressed (`.gz`).
 """
@@ -111,8 +111,8 @@ class IDX(ImageData):
 
     Args:
         root: folder that holds `train-images-idx3-ubyte[.gz]`, `train-labels-idx1-ubyte[.gz]` and the same for `t10k`.
-        training: what the training files' names begin with (EMNIST: `emnist-letters-train`).
-        test: what the test files' names begin with; they may be missing where images are held out.
+        training_files: what the training files' names begin with (EMNIST: `emnist-letters-train`).
+        test_files: what the test files' names begin with; they may be missing where images are held out.
         classes: a name a class; None for the labels themselves.
         batch_size: images a training step sees in each process.
         workers: processes that load images; 0 loads them in the training process itself.
@@ -128,8 +128,8 @@ class IDX(ImageData):
     def __init__(
         self,
         root: str = "data",
-        training: str = "train",
-        test: str = "t10k",
+        training_files: str = "train",
+        test_files: str = "t10k",
         classes: Sequence[str] | None = None,
         batch_size: int = 128,
         workers: int = 0,
@@ -141,15 +141,16 @@ class IDX(ImageData):
         std: Sequence[float] = (0.5,),
     ) -> None:
         self.root, self.augment = root, augment
+        self.training_files, self.test_files = training_files, test_files
         folders = [Path(root), Path(root) / "raw", Path(root) / type(self).__name__ / "raw"]
-        pixels = read_pair(folders, training)
+        pixels = read_pair(folders, training_files)
         if pixels is None or not len(pixels):
             raise UserError(
-                f"root: {root} holds no {training}-images-idx3-ubyte and {training}-labels-idx1-ubyte (.gz or not);"
+                f"root: {root} holds no {training_files}-images-idx3-ubyte and {training_files}-labels-idx1-ubyte (.gz or not);"
                 " put the published files there, or let MNIST or FashionMNIST fetch theirs with download: true"
             )
         super().__init__(
-            sources=Sources(pixels, test=read_pair(folders, test)),
+            sources=Sources(pixels, test=read_pair(folders, test_files)),
             classes=tuple(map(str, range(int(pixels.labels.max()) + 1))) if classes is None else classes,
             mean=mean,
             std=std,

@@ -7,7 +7,9 @@ a user sees a sentence that names the file, not a worker's traceback.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -113,25 +115,24 @@ class Batches:
         return len(self.numbers)
 
     def __iter__(self) -> Iterator[Batch]:
-        said: set[str] = set()
         for batch, skipped, error in self._loaded():
             if batch is None:
                 raise UserError(error or "an image could not be loaded")
             for reason in skipped:
-                if reason not in said:
-                    log.warning("left out of training: %s", reason)
-            said.update(skipped)
+                say_once(reason)
             yield batch
 
     def _loaded(self) -> Iterator[Loaded]:
-        loader = DataLoader(
-            self.set,
-            batch_size=None,
-            sampler=self.numbers,
-            num_workers=self.workers,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # its own, or the loader would draw from the global one
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "This DataLoader will create")  # how many workers is the user's choice
+            loader = DataLoader(
+                self.set,
+                batch_size=None,
+                sampler=self.numbers,
+                num_workers=self.workers,
+                pin_memory=torch.cuda.is_available(),
+                generator=torch.Generator(),  # its own, or the loader would draw from the global one
+            )
         try:
             yield from loader
         except RuntimeError as error:
@@ -141,3 +142,9 @@ class Batches:
                 "workers: a process that loads images died, most likely for lack of memory (or shared memory);"
                 " try fewer workers, or workers: 0"
             ) from error
+
+
+@cache
+def say_once(reason: str) -> None:
+    """Tells the user about a file that is left out, the first time only."""
+    log.warning("left out: %s", reason)
