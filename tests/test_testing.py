@@ -346,9 +346,9 @@ def test_a_claim_of_idempotence_is_checked_and_otherwise_not_asked_for() -> None
 def test_an_engine_that_is_one_integer_off_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     honest = quantizer_laws._in_onnx_runtime
 
-    def one_off(quant: Any, x: Tensor) -> Any:
-        output = honest(quant, x)
-        output.flat[0] += float(quant.input_quantizer.scale * quant.weight_quantizer.scale)
+    def one_off(network: Any, image: Tensor) -> Any:
+        output, first = honest(network, image), network.layers[0]
+        output.flat[0] += float(first.input_quantizer.scale * first.weight_quantizer.scale)
         return output
 
     monkeypatch.setattr(quantizer_laws, "_in_onnx_runtime", one_off)

@@ -221,3 +221,10 @@ def spy(seen: list[Batch]) -> Forward:
 @pytest.mark.parametrize("per_image", [False, True])
 def test_it_obeys_the_laws(per_image: bool) -> None:
     check_method(lambda: CutMix(probability=1.0, per_image=per_image))
+
+
+@pytest.mark.parametrize("per_image", [False, True])
+def test_mixing_never_waits_for_what_is_on_the_device(per_image: bool) -> None:
+    on_device = Batch(torch.zeros(4, 3, 8, 8, device="meta"), torch.zeros(4, 5, device="meta"))  # nothing can be read
+    mixed = CutMix(probability=1.0, per_image=per_image).mix(on_device)
+    assert mixed.input.device.type == mixed.target.device.type == "meta"

@@ -63,3 +63,9 @@ def test_numbers_out_of_range_are_refused_by_name(alpha: float, probability: flo
 
 def test_it_obeys_the_laws() -> None:
     check_method(Mixup)
+
+
+def test_mixing_never_waits_for_what_is_on_the_device() -> None:
+    on_device = Batch(torch.zeros(4, 3, 8, 8, device="meta"), torch.zeros(4, 5, device="meta"))  # nothing can be read
+    mixed = Mixup().mix(on_device)
+    assert mixed.input.device.type == mixed.target.device.type == "meta"

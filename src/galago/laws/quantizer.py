@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from galago.checkpoint import keep_random_state
 from galago.laws.integers import Real, accumulator_step, across_channels, quantized_layer
 from galago.laws.trial import classify, identical, require
+from galago.probe import Deployed
 from galago.quantize.layer import QuantLayer
 from galago.quantize.quantizer import Grid, Quantizer, along
 from galago.spec import build, describe
@@ -136,14 +137,26 @@ class Plain(Quantizer):
         return Grid(self.scale, torch.zeros(()), -127, 127)
 
 
-def _layers(bias: bool = True) -> Iterator[tuple[nn.Module, Tensor]]:
-    """Layers of every kind that a QuantLayer takes, each with an input that is never negative."""
-    image = partial(torch.Tensor.relu, torch.randn(2, 6, 9, 8))
-    yield nn.Conv2d(5, 7, 3, padding=1, bias=bias), torch.randn(2, 5, 9, 8).relu()
-    yield nn.Conv2d(6, 7, 3, stride=2, padding=1, bias=bias), image()
-    yield nn.Conv2d(6, 9, 3, padding=1, groups=3, bias=bias), image()
-    yield nn.Conv2d(6, 6, 3, padding=1, groups=6, bias=bias), image()
-    yield nn.Linear(11, 7, bias=bias), torch.randn(5, 11).relu()
+class Place(NamedTuple):
+    """A layer to quantize, and what of the one image below it reads."""
+
+    layer: nn.Module
+    view: Callable[[Tensor], Tensor]
+
+
+def _image() -> Tensor:
+    return torch.randn(2, 6, 9, 8).relu()
+
+
+def _places(bias: bool) -> list[Place]:
+    """Layers of every kind that a QuantLayer takes."""
+    return [
+        Place(nn.Conv2d(5, 7, 3, padding=1, bias=bias), lambda image: image[:, :5]),
+        Place(nn.Conv2d(6, 7, 3, stride=2, padding=1, bias=bias), lambda image: image),
+        Place(nn.Conv2d(6, 9, 3, padding=1, groups=3, bias=bias), lambda image: image),
+        Place(nn.Conv2d(6, 6, 3, padding=1, groups=6, bias=bias), lambda image: image),
+        Place(nn.Linear(11, 7, bias=bias), lambda image: image.flatten(1)[:, :11]),
+    ]
 
 
 def _quantized(make_quantizer: Maker, for_weights: bool, layer: nn.Module, x: Tensor) -> QuantLayer:
@@ -155,8 +168,9 @@ def _quantized(make_quantizer: Maker, for_weights: bool, layer: nn.Module, x: Te
 
 
 def _serves_layers(make_quantizer: Maker, for_weights: bool, deployable: bool) -> None:
-    for layer, x in _layers():
-        quant = _quantized(make_quantizer, for_weights, layer, x)
+    image = _image()
+    for layer, view in _places(bias=True):
+        quant = _quantized(make_quantizer, for_weights, layer, x := view(image))
         quant.train()(x).square().sum().backward()
         for name, parameter in quant.named_parameters():
             finite = parameter.grad is not None and parameter.grad.isfinite().all()
@@ -173,23 +187,38 @@ def _apart(found: Real, expected: Tensor) -> float:
     return float(np.abs(found - wanted).max() / max(np.abs(wanted).max(), 1e-12))
 
 
+class _SideBySide(nn.Module):
+    """Several layers that read the same image, as one network with one output."""
+
+    def __init__(self, layers: Sequence[nn.Module], places: Sequence[Place]) -> None:
+        super().__init__()
+        self.layers, self.views = nn.ModuleList(layers), [place.view for place in places]
+
+    def forward(self, image: Tensor) -> Tensor:
+        pairs = zip(self.layers, self.views, strict=True)
+        return torch.cat([layer(view(image)).flatten(1) for layer, view in pairs], 1)
+
+
 def _runs_in_an_engine(make_quantizer: Maker, for_weights: bool) -> None:
-    for layer, x in _layers(bias=False):
-        quant = _quantized(make_quantizer, for_weights, layer, x).eval()
-        apart = np.abs(_in_onnx_runtime(quant, x) - quantized_layer(quant, x))
-        steps = float((apart / across_channels(accumulator_step(quant), x.ndim)).max())
-        require(steps < 0.5, f"ONNX Runtime gives the same integers for {layer}, but it is {steps:.2g} steps off")
+    image, places = _image(), _places(bias=False)
+    quants = [_quantized(make_quantizer, for_weights, place.layer, place.view(image)).eval() for place in places]
+    answer, start = _in_onnx_runtime(_SideBySide(quants, places), image), 0
+    for quant, place in zip(quants, places, strict=True):
+        expected = quantized_layer(quant, place.view(image))
+        found = answer[:, start : start + expected[0].size].reshape(expected.shape)
+        start += expected[0].size
+        steps = float(np.abs((found - expected) / across_channels(accumulator_step(quant), expected.ndim)).max())
+        require(steps < 0.5, f"ONNX Runtime gives the same integers in {place.layer}, but it is {steps:.2g} steps off")
 
 
-def _in_onnx_runtime(quant: QuantLayer, x: Tensor) -> Real:
+def _in_onnx_runtime(network: nn.Module, image: Tensor) -> Real:
     from galago.deploy.integer import lower
     from galago.deploy.onnx import export
     from galago.deploy.runtime import OnnxRuntime
-    from galago.probe import Deployed
 
-    deployed = Deployed(lower(nn.Sequential(quant), x), nn.Identity(), classify())
+    deployed = Deployed(lower(network, image), nn.Identity(), classify())
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "layer.onnx"
-        export(deployed.eval(), x, path, float_image=True)
-        output: Real = OnnxRuntime(path)(x).double().numpy()
+        path = Path(folder) / "layers.onnx"
+        export(deployed.eval(), image, path, float_image=True)
+        output: Real = OnnxRuntime(path)(image).double().numpy()
     return output
