@@ -30,7 +30,7 @@ def run(name: str, arguments: Sequence[str]) -> int:
     parser = ArgumentParser(
         prog=f"galago {name}", description=(command.__doc__ or "").split("\n\n")[0], exit_on_error=False
     )
-    parser.add_function_arguments(command)
+    parser.add_function_arguments(command, as_positional=name == "inspect")
     try:
         given = parser.parse_args(list(arguments))
     except (ArgumentError, TypeError, ValueError, KeyError) as error:
