@@ -133,8 +133,9 @@ class Batches:
                 pin_memory=torch.cuda.is_available(),
                 generator=torch.Generator(),  # its own, or the loader would draw from the global one
             )
+            batches = iter(loader)
         try:
-            yield from loader
+            yield from batches
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
