@@ -26,6 +26,7 @@ from galago.probes.calibration import Bins, reliability
 SECTIONS = ("model", "onnx", "openvino")  # the forms of a network, as in metrics.json
 BINS = 15
 _LARGEST = 1_000_000_000  # bytes of one array
+_BLOCK = 4096  # images judged at once
 Values = NDArray[np.float64]
 
 
@@ -89,16 +90,16 @@ def compare(before: Predictions, after: Predictions, rounds: int = 1000, seed: i
     """
     if not np.array_equal(before.target, after.target):
         return None
-    images = len(after.target)
-    draws = np.random.default_rng(seed)
-    counts = np.ones(images)
-    found = [_differences(before, after, counts)]
+    images, draws = len(after.target), np.random.default_rng(seed)
+    tables = _table(before), _table(after)
+    found = [_differences(*tables, np.ones(images))]
     for _ in range(rounds):
         drawn = np.bincount(draws.integers(0, images, images), minlength=images)
-        found.append(_differences(before, after, drawn.astype(np.float64)))
+        found.append(_differences(*tables, drawn.astype(np.float64)))
     low, high = np.quantile(np.stack(found[1:]), [0.025, 0.975], axis=0)
     intervals = [Interval(*map(float, values)) for values in zip(found[0], low, high, strict=True)]
-    worse, better = (int(((x > 0) & (y == 0)).sum()) for x, y in _both_ways(before.correct, after.correct))
+    worse = int((before.correct > after.correct).sum())
+    better = int((after.correct > before.correct).sum())
     return Paired(images, worse, better, mcnemar(worse, better), *intervals)
 
 
@@ -117,27 +118,37 @@ def _log_choose(n: int, i: int) -> float:
     return math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1)
 
 
-def _both_ways(x: Values, y: Values) -> tuple[tuple[Values, Values], tuple[Values, Values]]:
-    return (x, y), (y, x)
+class _Table(NamedTuple):
+    """What the scores of a resample are made of, image by image."""
+
+    bin: NDArray[np.int64]
+    gap: Values  # right or wrong, minus confidence
+    means: Values  # 3×N, whose means are scores
 
 
-def _differences(before: Predictions, after: Predictions, counts: Values) -> Values:
+def _table(answers: Predictions) -> _Table:
+    inside = np.searchsorted(np.arange(1, BINS) / BINS, answers.confidence, side="left")  # closed on the right
+    means = np.stack([answers.correct, answers.surprise, answers.distance])
+    return _Table(inside.astype(np.int64), answers.correct - answers.confidence, means)
+
+
+def _differences(before: _Table, after: _Table, counts: Values) -> Values:
     """Accuracy, ECE, NLL and Brier score, after − before, with image i counted `counts[i]` times."""
     return _scores(after, counts) - _scores(before, counts)
 
 
-def _scores(answers: Predictions, counts: Values) -> Values:
-    where = np.ceil(answers.confidence * BINS).clip(1, BINS).astype(np.int64) - 1
-    gaps = np.bincount(where, counts * (answers.correct - answers.confidence), BINS)
-    means = [counts @ values for values in (answers.correct, answers.surprise, answers.distance)]
-    return np.array([means[0], np.abs(gaps).sum(), means[1], means[2]]) / counts.sum()
+def _scores(table: _Table, counts: Values) -> Values:
+    gaps = np.bincount(table.bin, counts * table.gap, BINS)
+    accuracy, surprise, distance = table.means @ counts
+    sums: Values = np.array([accuracy, np.abs(gaps).sum(), surprise, distance])
+    return sums / float(counts.sum())
 
 
-def _arrays(path: Path) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+def _arrays(path: Path) -> tuple[NDArray[np.floating], NDArray[np.int64]]:
     try:
         _check_sizes(path)
         with np.load(path, allow_pickle=False) as stored:
-            return stored["output"].astype(np.float64), stored["target"].astype(np.int64)
+            return np.asarray(stored["output"], np.float32), np.asarray(stored["target"], np.int64)
     except (OSError, ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile, NotImplementedError) as error:
         raise UserError(
             f"{path} is damaged or holds no `output` and `target`: {str(error).splitlines()[0]};"
@@ -158,17 +169,24 @@ def _check_sizes(path: Path) -> None:
                 raise ValueError(f"{name} claims {claimed} bytes of {dtype}")
 
 
-def _judged(output: NDArray[np.float64], target: NDArray[np.int64], path: Path) -> Predictions | None:
+def _judged(output: NDArray[np.floating], target: NDArray[np.int64], path: Path) -> Predictions | None:
     if output.ndim != 2 or not np.isfinite(output).all():  # no class scores, or a network that diverged
         return None
     images, classes = output.shape
     if not images or target.shape != (images,) or target.min() < 0 or target.max() >= classes:
         raise UserError(f"{path}: `target` does not hold the class of each of the {images} outputs; measure again")
-    logarithm = output - output.max(1, keepdims=True)
+    blocks = [_answers(output[i : i + _BLOCK], target[i : i + _BLOCK]) for i in range(0, images, _BLOCK)]
+    return Predictions(target, *(np.concatenate(values) for values in zip(*blocks, strict=True)))
+
+
+def _answers(output: NDArray[np.floating], target: NDArray[np.int64]) -> tuple[Values, Values, Values, Values]:
+    """Confidence, correct, surprise and distance of some images, in float64."""
+    logarithm = output.astype(np.float64)
+    logarithm -= logarithm.max(1, keepdims=True)
     logarithm -= np.log(np.exp(logarithm).sum(1, keepdims=True))
-    probability, each = np.exp(logarithm), np.arange(images)
-    predicted = output.argmax(1)  # the lowest index on ties
+    probability, each = np.exp(logarithm), np.arange(len(target))
+    predicted = logarithm.argmax(1)  # the lowest index on ties
     truth = probability[each, target]
     distance = (probability**2).sum(1) - 2 * truth + 1
     correct = (predicted == target).astype(np.float64)
-    return Predictions(target, probability[each, predicted], correct, -logarithm[each, target], distance)
+    return probability[each, predicted], correct, -logarithm[each, target], distance

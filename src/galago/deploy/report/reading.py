@@ -64,6 +64,7 @@ class Record:
     recipe_text: str
     info: dict[str, Any]
     base: str  # class path of the network before anything was done to it, from architecture.json
+    exported: bool  # whether there is a file for an engine
     history: list[dict[str, Any]]
     metrics: dict[str, dict[str, float]]
     timings: list[Timing]
@@ -82,6 +83,13 @@ class Record:
         """A measured number of what ships; of another form of the network where only that was measured."""
         order = [self.shipped, *SECTIONS]
         return next((self.metrics[part][name] for part in order if name in self.metrics.get(part, {})), None)
+
+    def size(self, form: str) -> float | None:
+        """MB of one form of the network: its file, or for a model that has none its weights."""
+        numbers = self.metrics.get(form, {})
+        stored = numbers.get("weight_bytes")
+        found = numbers.get("file_mb", None if stored is None else stored / 1e6)
+        return found if found and found > 0 else None
 
     def single(self) -> list[Timing]:
         """What was timed with the smallest batch and the fewest threads."""
@@ -118,6 +126,7 @@ def read_record(folder: Path) -> Record:
         recipe_text=run.recipe.read_text()[:RECIPE],
         info=_mapping(run.info),
         base=text(start.get("class_path")) if isinstance(start, dict) else "",
+        exported=run.onnx.exists() or run.openvino.exists(),
         history=_history(run.log),
         metrics={part: _numbers(measured[part]) for part in SECTIONS if isinstance(measured.get(part), dict)},
         timings=[_timing(row) for row in _rows(latency.get("rows"), 100)],
@@ -216,15 +225,17 @@ def _numbers(section: Mapping[Any, Any]) -> dict[str, float]:
 
 
 def _timing(row: Mapping[str, Any]) -> Timing:
-    words = [text(row.get(key), 60) for key in ("name", "engine", "precision")]
-    counts = [max(1, int(number(row.get(key)) or 1)) for key in ("batch", "threads")]
+    name, engine, precision = (text(row.get(key), 60) for key in ("name", "engine", "precision"))
+    counts = [int(min(max(number(row.get(key)) or 1, 1), 1e6)) for key in ("batch", "threads")]
     keys = ("median_ms", "p10_ms", "p90_ms", "images_per_second", "file_mb", "ratio", "low", "high")
     values = [value if (value := number(row.get(key))) and value > 0 else None for key in keys]
-    return Timing(words[0] or f"{words[2]}, {words[1]}", words[1], words[2], *counts, *values)
+    return Timing(name or f"{precision}, {engine}", engine, precision, *counts, *values)
 
 
 def _layer(row: Mapping[str, Any]) -> LayerNote:
-    words = [text(row.get(key)) for key in ("path", "type", "shape")]
-    values = [number(row.get(key)) for key in ("weight_bits", "input_bits", "macs", "weight_error_db")]
-    after = [text(row.get(key)) for key in ("onnxruntime", "openvino", "note")]
-    return LayerNote(words[0], words[1], words[2], *values, after[0], after[1], after[2])
+    path, kind, shape = (text(row.get(key)) for key in ("path", "type", "shape"))
+    weight, given, macs, error = (
+        number(row.get(key)) for key in ("weight_bits", "input_bits", "macs", "weight_error_db")
+    )
+    onnxruntime, openvino, note = (text(row.get(key)) for key in ("onnxruntime", "openvino", "note"))
+    return LayerNote(path, kind, shape, weight, given, macs, error, onnxruntime, openvino, note)
