@@ -131,11 +131,12 @@ def measure_latency(
         sizes = {"fp32": floating.stat().st_size, "bf16": floating.stat().st_size}
         for batch in (1, 32):
             image = example.repeat(batch, 1, 1, 1)
-            timings = compare({f"{e} {p}": engine for (e, p), engine in engines.items()}, image)
+            timings = compare({f"{e} {p}": engine for (e, p), engine in engines.items()}, image, seconds=1.0)
             rows += [_row(e, p, batch, threads, timings, sizes.get(p) or _size(files, e)) for e, p in engines]
-    found = {"image": "×".join(map(str, example.shape[1:])), "rows": rows, "advice": advise(rows)}
+    advice = advise(rows)
+    found = {"image": "×".join(map(str, example.shape[1:])), "rows": rows, "advice": advice}
     write_json(files.folder / "latency.json", found)
-    say(found["advice"])
+    say(advice)
     return found
 
 

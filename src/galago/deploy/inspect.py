@@ -29,7 +29,7 @@ INTEGER |= {
 INTEGER |= {"ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul"}
 FLOAT = {"Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "Add", "Mul", "Concat"}
 FLOAT |= {"GlobalAveragePool", "AveragePool", "ReduceMean", "HardSwish", "HardSigmoid", "Sigmoid", "LayerNormalization"}
-FLOAT |= {"Softmax", "Gelu", "QuickGelu", "BatchNormalization", "PRelu", "Elu", "Relu", "Clip"}
+FLOAT |= {"Softmax", "Gelu", "QuickGelu", "BatchNormalization", "PRelu", "Elu", "Relu"}
 WORK = {"Convolution", "GroupConvolution", "ConvolutionBackpropData", "FullyConnected", "MatMul", "Eltwise", "Add"}
 WORK |= {"Pooling", "AvgPool", "ReduceMean", "Subgraph", "Deconvolution", "MVN", "Softmax", "Concatenation"}
 SIDES = ("normalize", "decode", "task", "image", "output", "decoded")  # what stands around the network
@@ -81,18 +81,20 @@ def _why_float(kind: str) -> str:
 
 def _openvino(path: Path) -> list[Found]:
     found = []
+    packed = "OpenVINO does not unpack weights ahead; use the .xml file" if path.suffix == ".onnx" else ""
     for operation in runtime.OpenVINO(path, threads=1).operations():
         if operation.kind not in WORK:
             continue
         integer = operation.kernel.upper().endswith(("_I8", "_U8"))
-        why = "" if integer else "fused float work, or an input is not quantized"
+        why = "" if integer else packed or "an input is not quantized"
         found.append(Found(_layer(operation.name), "openvino", f"{operation.kind} {operation.kernel}", integer, why))
     return found
 
 
 def _layer(name: str) -> str:
     """The path of the layer that an operation came from; the file writes it into the name."""
-    return name.partition("/")[0]
+    path = name.partition("/")[0]
+    return path.removesuffix(".layer") or path  # the wrapper's own path is the one a user knows
 
 
 def engines_of_layers(files: Run) -> dict[str, dict[str, Any]]:

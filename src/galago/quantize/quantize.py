@@ -29,6 +29,7 @@ from fnmatch import fnmatchcase
 from itertools import islice
 
 import torch
+from rich.table import Table
 from torch import Tensor, nn
 
 from galago.data import Data
@@ -36,7 +37,7 @@ from galago.errors import UserError
 from galago.method import Method
 from galago.probe import device_of
 from galago.quantize.graph import LAYERS, Graph, look, obstacle
-from galago.quantize.inventory import Row
+from galago.quantize.inventory import Row, table
 from galago.quantize.layer import QuantLayer
 from galago.quantize.placement import Streams
 from galago.quantize.plan import Choice, Plan, initialize
@@ -125,6 +126,10 @@ class Quantize(Method):
     def check(self, model: nn.Module, data: Data) -> list[Row]:
         """What `prepare` would do to a model, and every construct that would stay float. Changes nothing."""
         return list(self.plan(model, data).rows())
+
+    def summary(self) -> Table | None:
+        """What `prepare` did, as a table."""
+        return table(self._rows) if self._rows else None
 
     def rows(self) -> tuple[Row, ...]:
         """What `prepare` did, a row a layer, stream and float operation, in the order of execution."""
