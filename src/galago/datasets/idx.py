@@ -1,9 +1,9 @@
 """IDX files: MNIST, Fashion-MNIST, Kuzushiji-MNIST, EMNIST and their kin. Grey images of one size, one label each.
 
 Y. LeCun, C. Cortes, C. Burges, "The MNIST Database of Handwritten Digits", http://yann.lecun.com/exdb/mnist/;
-H. Xiao, K. Rasul, R. Vollgraf, "Fashion-MNIST", https://arxiv.org/abs/1708.07747. The format: two zero bytes, a type (8: unsigned
-bytes), the number of dimensions, each dimension as a big-endian 32-bit number, then the values. Files may be
-compressed (`.gz`).
+H. Xiao, K. Rasul, R. Vollgraf, "Fashion-MNIST", https://arxiv.org/abs/1708.07747. The format: two zero bytes, a type
+(8: unsigned bytes), the number of dimensions, each dimension as a big-endian 32-bit number, then the values. Files
+may be compressed (`.gz`).
 """
 
 from __future__ import annotations
@@ -146,8 +146,9 @@ class IDX(ImageData):
         pixels = read_pair(folders, training_files)
         if pixels is None or not len(pixels):
             raise UserError(
-                f"root: {root} holds no {training_files}-images-idx3-ubyte and {training_files}-labels-idx1-ubyte (.gz or not);"
-                " put the published files there, or let MNIST or FashionMNIST fetch theirs with download: true"
+                f"root: {root} holds no {training_files}-images-idx3-ubyte and {training_files}-labels-idx1-ubyte"
+                " (.gz or not); put the published files there,"
+                " or let MNIST or FashionMNIST fetch theirs with download: true"
             )
         super().__init__(
             sources=Sources(pixels, test=read_pair(folders, test_files)),
