@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -71,6 +72,14 @@ def test_workers_give_the_same_images(write_images: WriteImages) -> None:
     root = str(write_images())
     alone, helped = (list(ImageFolder(root, size=16, batch_size=4, workers=w).train(1)) for w in (0, 2))
     assert all(torch.equal(a.input, b.input) for a, b in zip(alone, helped, strict=True))
+
+
+def test_a_set_reaches_workers_that_are_started_afresh(write_images: WriteImages) -> None:
+    data = ImageFolder(str(write_images()), size=16, batch_size=4, workers=0, on_error=OnError.skip)
+    loader = data.train(1)
+    copy = pickle.loads(pickle.dumps(loader.set))
+    assert copy.source.on_error is OnError.skip
+    assert all(torch.equal(copy[k].batch.input, batch.input) for k, batch in enumerate(loader))
 
 
 def test_grey_images_can_be_asked_for(write_images: WriteImages) -> None:
