@@ -71,7 +71,7 @@ def accuracy_against_latency(record: Record, against: Record | None) -> Figure |
 
 
 def _batch(record: Record) -> str:
-    batch = record.single()[0].batch if record.timings else 1
+    batch = next((row.batch for row in record.single()), 1)
     return "one image" if batch == 1 else f"a batch of {batch}"
 
 
@@ -88,7 +88,7 @@ def _same_network_in_float(record: Record, against: Record) -> list[Timing]:
 def _timed(row: Timing, record: Record, kind: str, whose: str) -> Point | None:
     form = MADE_BY.get(row.engine, "")
     accuracy = record.metrics.get(form, {}).get("accuracy", record.number("accuracy") if kind == "theirs" else None)
-    if accuracy is None or not row.median:
+    if accuracy is None or not row.median or not form:
         return None
     words = f"{whose}{ENGINES[row.engine]}, {row.precision}: {milliseconds(row.median)}, {percent(accuracy)}"
     return Point(row.median, accuracy, _SHAPES[form], kind, words)

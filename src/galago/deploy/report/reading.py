@@ -8,7 +8,6 @@ command makes it. What is damaged is a `UserError` that names the file.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from galago.run import Run
 
 TEXT, ROWS, RECIPE = 160, 400, 20_000  # characters of a cell, rows of a table, characters of the recipe shown
 _RECIPE_BYTES, _JSON_BYTES, _LOG_BYTES = 256_000, 16_000_000, 64_000_000
+_ENDLESS = 1e30  # no quantity of a run comes near
 
 
 class Timing(NamedTuple):
@@ -139,17 +139,14 @@ def read_record(folder: Path) -> Record:
 
 
 def number(value: Any) -> float | None:
-    """A finite number, or None.
+    """A number of a size that can be measured, or None; what is far too small for that is 0.
 
-    >>> number(3), number(float("nan")), number("3"), number(True)
-    (3.0, None, None, None)
+    >>> number(3), number(float("nan")), number("3"), number(True), number(1e-300), number(10**400)
+    (3.0, None, None, None, 0.0, None)
     """
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -_ENDLESS <= value <= _ENDLESS:
         return None
-    try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:  # an integer beyond any float
-        return None
+    return float(value) if abs(value) > 1 / _ENDLESS else 0.0
 
 
 def text(value: Any, limit: int = TEXT) -> str:

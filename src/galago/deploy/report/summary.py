@@ -104,7 +104,13 @@ def cards(record: Record, against: Record | None, paired: Paired | None) -> list
     if bits := width_of(record.layers):
         whole = sum(layer.weight_bits is None for layer in record.layers)
         of = f"{len(record.layers)} layers"
-        found.append(Card("Precision", bits.split(",")[0], f"{whole} of {of} stay float" if whole else f"all {of}"))
+        found.append(
+            Card(
+                "Precision",
+                bits.split(",")[0],
+                f"{whole} of {of} stay float" if 0 < whole < len(record.layers) else f"all {of}",
+            )
+        )
     if record.verification:
         good = record.verification.get("passed") is True
         said = proved(record)
