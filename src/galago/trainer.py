@@ -243,6 +243,7 @@ def train_epoch(
             and position.batch < total
         ):
             save(learner, optimizer, position, fabric, run)
+            heard.clear()  # as a run that continues from here has heard nothing yet
     return position
 
 
