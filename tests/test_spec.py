@@ -39,6 +39,24 @@ def test_an_argument_that_is_not_kept_is_named():
         describe(Forgetful(3))
 
 
+def test_a_bare_sequential_is_refused_rather_than_emptied():
+    with pytest.raises(UserError, match="Sequential"):
+        describe(nn.Sequential(nn.ReLU()))
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "timm.create_model",
+        "torchvision.models.resnet18",
+        "timm.models.resnet.resnet18",
+        "galago.models.resnet.resnet20",
+    ],
+)
+def test_model_functions_may_be_named(path):
+    assert resolve(path) is not None
+
+
 def small() -> nn.Module:
     spec = {"class_path": "torchvision.models.squeezenet.squeezenet1_1", "init_args": {"num_classes": 4}}
     model = build(spec)
@@ -80,6 +98,9 @@ def test_a_replaced_layer_is_recorded():
         "torch.utils.cpp_extension.load",
         "torch.serialization.os.remove",
         "torchvision.datasets.utils.download_url",
+        "galago.models.weights.read_weights",
+        "galago.models.weights.load_weights",
+        "torchvision.models.get_weight",
         "timm.models.load_checkpoint",
         "timm.models.load_pretrained",
         "timm.utils.model.torch.load",
@@ -96,7 +117,7 @@ def test_a_replaced_layer_is_recorded():
     ],
 )
 def test_a_record_cannot_name_what_is_not_a_network(path):
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="refused|dotted|exist"):
         build({"class_path": path, "init_args": {}})
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from torch import Tensor, nn
 
@@ -21,7 +21,7 @@ from galago.layers import Wrapper, find, swap
 
 TRUSTED = ("galago", "torch", "torchvision", "timm")
 # Functions, unlike network classes, can do anything: only those that build a network are called.
-_BUILDERS = ("galago.models.", "torchvision.models.", "timm.models.", "timm.create_model")
+_BUILDERS = ("galago.models.", "torchvision.models.", "timm.models.")
 _NETWORKS = (
     "torch.nn.",
     "torchvision.models.",
@@ -65,7 +65,12 @@ def _described(thing: Any) -> dict[str, Any]:
     arguments = {}
     for name, parameter in inspect.signature(kind).parameters.items():
         where_it_lives = name in ("device", "dtype")  # not part of what a layer is
-        if where_it_lives or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            raise UserError(
+                f"cannot write down a {kind.__qualname__}, which takes any number of arguments:"
+                " name a class or function of your own that makes it in a recipe's `model`"
+            )
+        if where_it_lives or parameter.kind is parameter.VAR_KEYWORD:
             continue
         if not hasattr(thing, name):
             raise UserError(
@@ -154,11 +159,20 @@ def _harmless(path: str, target: Any) -> bool:
     home = f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', '')}"
     if inspect.isclass(target):
         return home.startswith("galago.") or (issubclass(target, nn.Module) and home.startswith(_NETWORKS))
-    return (
-        inspect.isfunction(target)
-        and path.startswith(_BUILDERS)
-        and f"{target.__module__}.".startswith(("galago.models.", "torchvision.models.", "timm.models."))
+    return path == "timm.create_model" or (
+        path.startswith(_BUILDERS) and home.startswith(_BUILDERS) and _gives_a_network(target)
     )
+
+
+def _gives_a_network(target: Any) -> bool:
+    """Whether a function says that it returns a network: loaders, downloaders and the like say something else."""
+    if not inspect.isfunction(target):
+        return False
+    try:
+        made = get_type_hints(target).get("return")
+    except (NameError, TypeError):
+        return False
+    return inspect.isclass(made) and issubclass(made, nn.Module)
 
 
 def architecture(model: nn.Module) -> dict[str, Any]:
