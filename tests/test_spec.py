@@ -117,7 +117,7 @@ def test_a_replaced_layer_is_recorded():
     ],
 )
 def test_a_record_cannot_name_what_is_not_a_network(path):
-    with pytest.raises(UserError, match="refused|dotted|exist"):
+    with pytest.raises(UserError, match=r"refused|dotted|exist"):
         build({"class_path": path, "init_args": {}})
 
 
