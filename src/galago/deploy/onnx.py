@@ -23,11 +23,9 @@ stack traces) goes into it. A network without quantizers exports as well: that i
 
 from __future__ import annotations
 
-import ast
 import copy
 import logging
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,14 +41,14 @@ from torch import Tensor, nn
 from galago.deploy import operators  # noqa: F401 - registers the operators
 from galago.deploy.fuse import fuse
 from galago.deploy.integer import lower
-from galago.deploy.integer_layers import IntegerLayer
+from galago.deploy.integer_layers import IntegerLayer, IntegerStream
+from galago.deploy.label import label
 from galago.deploy.pack import pack
 from galago.deploy.reading import DECODED, IMAGE, OUTPUT, first_line
 from galago.errors import UserError
 from galago.probe import Deployed
 
 OPSET = 21
-MODULE = "galago.module"
 
 
 class Artifact(nn.Module):
@@ -110,7 +108,7 @@ def build(deployed: Deployed, example: Tensor, float_image: bool = False) -> onn
     image = image.float() / 255 if float_image and not image.is_floating_point() else image
     program = traced(Artifact(deployed).cpu().eval(), image)
     model = fuse(converted(program).model)
-    label(model)
+    label(model, [path for path, part in deployed.network.named_modules() if isinstance(part, IntegerStream)])
     model.producer_name, model.producer_version, model.graph.name = "galago", None, "galago"
     return ir.to_proto(model)
 
@@ -185,47 +183,6 @@ def integer_layers(deployed: nn.Module) -> dict[str, IntegerLayer]:
     """Every integer layer by its path in the network."""
     network = deployed.get_submodule("network")
     return {path: layer for path, layer in network.named_modules() if isinstance(layer, IntegerLayer)}
-
-
-def label(model: ir.Model) -> None:
-    """Names nodes and codes after their layers, and removes what the exporter wrote about this machine."""
-    seen: Counter[str] = Counter()
-    for node in model.graph:
-        module = module_of(node)
-        node.name = unique(f"{module}/{node.op_type}", seen)
-        node.metadata_props.clear()
-        node.metadata_props[MODULE] = module
-        node.doc_string = None
-    for node in model.graph:
-        codes = node.inputs[0] if node.op_type == "DequantizeLinear" else None
-        if codes is not None and codes.producer() is not None:
-            codes.name = unique(f"{node.metadata_props[MODULE]}/codes", seen)
-    for value in (*model.graph.initializers.values(), *(out for node in model.graph for out in node.outputs)):
-        value.metadata_props.clear()
-    rename_initializers(model)
-    model.metadata_props.clear()
-
-
-def rename_initializers(model: ir.Model) -> None:
-    """Drops the wrapper's prefix, so that a weight is called as in the integer module."""
-    for value in list(model.graph.initializers.values()):
-        if value.name is not None and value.name.startswith("deployed.network."):
-            value.name = value.name.removeprefix("deployed.network.")
-
-
-def module_of(node: ir.Node) -> str:
-    """Path of the module a node came from, in the network; `image` and `decode` for what stands around it."""
-    scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "['', '']"))
-    path = scopes[-2] if len(scopes) > 1 else ""
-    if path == "deployed.network":
-        return "network"
-    return str(path).removeprefix("deployed.network.").removeprefix("deployed.") or "network"
-
-
-def unique(name: str, seen: Counter[str]) -> str:
-    """The name, numbered from its second use on."""
-    seen[name] += 1
-    return name if seen[name] == 1 else f"{name}_{seen[name]}"
 
 
 @contextmanager

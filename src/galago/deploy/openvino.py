@@ -3,10 +3,16 @@
 Written from the ONNX model with weights as plain int8: OpenVINO computes convolutions and linear layers on it with
 integers, whether the streams between them are integer or float, but would unpack packed weights anew at every
 inference. Weights of 8 bits and less take a byte each in the file; what is float stays float32.
+
+Measured with OpenVINO 2026.4: where a convolution's quantized result is added to another and quantized again, the
+engine computes all in one kernel and *leaves out the first rounding* (31 % of the sums came out one step off). A
+pooling over one pixel behind the first quantizer, which changes nothing, keeps it from that; ResNet-18 took 6 % longer
+at most.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -18,6 +24,9 @@ from galago.deploy.onnx import build
 from galago.deploy.reading import first_line
 from galago.errors import UserError
 from galago.probe import Deployed
+
+# What a convolution's kernel may take in, between its result and the codes.
+PASSED = ("QuantizeLinear", "Clip", "Relu", "HardSwish", "HardSigmoid", "Sigmoid", "LeakyRelu", "Elu", "PRelu")
 
 
 def export(deployed: Deployed, example: Tensor, path: Path, float_image: bool = False) -> list[Path]:
@@ -35,13 +44,44 @@ def export(deployed: Deployed, example: Tensor, path: Path, float_image: bool = 
     Raises:
         UserError: the network cannot be exported; the layer is named.
     """
-    model = build(deployed, example, float_image)
+    model = keep_roundings(build(deployed, example, float_image))
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with TemporaryDirectory() as folder:
             onnx.save(model, Path(folder) / "model.onnx")
             converted = openvino.Core().read_model(Path(folder) / "model.onnx")
+            for entry in model.metadata_props:
+                converted.set_rt_info(entry.value, entry.key.split("."))
             openvino.save_model(converted, path, compress_to_fp16=False)
     except RuntimeError as error:
         raise UserError(f"{path}: OpenVINO cannot take this network: {first_line(error)}") from error
     return [path, path.with_suffix(".bin")]
+
+
+def keep_roundings(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Puts a pooling over one pixel behind the quantizer of a convolution whose result is added to something."""
+    makers = {output: node for node in model.graph.node for output in node.output}
+    changed: list[onnx.NodeProto] = []
+    added = {name for node in model.graph.node if node.op_type == "Add" for name in node.input}
+    for node in model.graph.node:
+        convolution = quantized_convolution(node, makers) if added.intersection(node.output) else None
+        if convolution is not None:
+            codes, pooled = node.input[0], f"{node.input[0]}/kept"
+            pixel = [1] * len(next(a.ints for a in convolution.attribute if a.name == "kernel_shape"))
+            changed.append(onnx.helper.make_node("MaxPool", [codes], [pooled], pooled, kernel_shape=pixel))
+            node.input[0] = pooled
+        changed.append(node)
+    del model.graph.node[:]
+    model.graph.node.extend(changed)
+    return model
+
+
+def quantized_convolution(node: onnx.NodeProto, makers: Mapping[str, onnx.NodeProto]) -> onnx.NodeProto | None:
+    """The convolution whose result, after an activation or none, a DequantizeLinear gives back quantized."""
+    if node.op_type != "DequantizeLinear":
+        return None
+    maker, quantizes = makers.get(node.input[0]), False
+    while maker is not None and maker.op_type in PASSED:
+        quantizes |= maker.op_type == "QuantizeLinear"
+        maker = makers.get(maker.input[0])
+    return maker if quantizes and maker is not None and maker.op_type == "Conv" else None

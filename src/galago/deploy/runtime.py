@@ -7,8 +7,9 @@ stranger: see `galago.deploy.reading`.
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -20,10 +21,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from galago.deploy.label import STREAMS
 from galago.deploy.reading import DECODED, IMAGE, OUTPUT, Interface, as_type, check, check_interface, first_line
 from galago.errors import UserError
 
-CODES = "/codes"
 TYPES = {
     "tensor(uint8)": torch.uint8,
     "tensor(float)": torch.float32,
@@ -123,7 +124,7 @@ class OnnxRuntime(Artifact):
         check_interface(self.path, inputs, [entry.name for entry in self.session.get_outputs()])
         self.takes = Interface(size if isinstance(size, int) else None for size in inputs[IMAGE].shape)
         self.dtype = TYPES[inputs[IMAGE].type]
-        self.looking: tuple[onnxruntime.InferenceSession, list[str]] | None = None
+        self.looking: tuple[onnxruntime.InferenceSession, dict[str, str]] | None = None
 
     def started(self, model: str | bytes, optimized: Path | None = None) -> onnxruntime.InferenceSession:
         """A session; the graph that it really runs is written to `optimized`."""
@@ -144,13 +145,17 @@ class OnnxRuntime(Artifact):
     def look(self, image: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         if self.looking is None:
             model = onnx.load(self.path)
-            names = [name for node in model.graph.node for name in node.output if name.endswith(CODES)]
+            known = {name for node in model.graph.node for name in node.output}
+            notes = {entry.key: entry.value for entry in model.metadata_props}
+            streams = values_of_streams(self.path, notes.get(STREAMS, "{}"), known)
+            names = sorted(set(streams.values()))
             kinds = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.UINT8, None) for name in names]
             model.graph.output.extend(kinds)
-            self.looking = self.started(model.SerializeToString()), names
-        session, names = self.looking
+            self.looking = self.started(model.SerializeToString()), streams
+        session, streams = self.looking
+        names = sorted(set(streams.values()))
         output, *codes = session.run([OUTPUT, *names], {IMAGE: self.fitting(image)})
-        return torch.from_numpy(output), named(names, codes)
+        return torch.from_numpy(output), by_stream(streams, dict(zip(names, codes, strict=True)))
 
     def operations(self) -> list[Operation]:
         with TemporaryDirectory() as folder:
@@ -184,7 +189,8 @@ class OpenVINO(Artifact):
         self.takes = Interface(size.get_length() if size.is_static else None for size in sizes)
         self.dtype = TYPES[str(inputs[IMAGE].element_type)]
         self.compiled = self.compile(model)
-        self.looking: tuple[Any, list[str]] | None = None
+        self.request = self.compiled.create_infer_request()
+        self.looking: tuple[Any, dict[str, str]] | None = None
 
     def read(self) -> Any:
         """The graph as it is in the file."""
@@ -204,19 +210,21 @@ class OpenVINO(Artifact):
             raise UserError(f"{self.path}: OpenVINO cannot run it: {first_line(error)}") from error
 
     def compute(self, image: NDArray[Any]) -> Sequence[NDArray[Any]]:
-        found = self.compiled([image])
+        found = self.request.infer([image])  # copies in and out; calling the compiled model would share memory
         return [found[OUTPUT], found[DECODED]]
 
     def look(self, image: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         if self.looking is None:
             model = self.read()
-            ports = [port for node in model.get_ordered_ops() for port in node.outputs()]
-            names = [name for port in ports for name in sorted(port.names) if name.endswith(CODES)]
-            model.add_outputs(names)
-            self.looking = self.compile(model), names
-        compiled, names = self.looking
-        found = compiled([self.fitting(image)])
-        return torch.from_numpy(found[OUTPUT]), named(names, [found[name] for name in names])
+            known = {name for node in model.get_ordered_ops() for port in node.outputs() for name in port.names}
+            keys = STREAMS.split(".")
+            notes = str(model.get_rt_info(keys).astype(str)) if model.has_rt_info(keys) else "{}"
+            streams = values_of_streams(self.path, notes, known)
+            model.add_outputs(sorted(set(streams.values())))
+            self.looking = self.compile(model).create_infer_request(), streams
+        request, streams = self.looking
+        found = request.infer([self.fitting(image)])
+        return torch.from_numpy(found[OUTPUT]), by_stream(streams, {name: found[name] for name in streams.values()})
 
     def operations(self) -> list[Operation]:
         found = []
@@ -238,6 +246,21 @@ def load(path: Path, threads: int | None = None) -> Artifact:
     return OpenVINO(path, threads) if Path(path).suffix == ".xml" else OnnxRuntime(path, threads)
 
 
-def named(names: Sequence[str], codes: Sequence[NDArray[Any]]) -> dict[str, Tensor]:
+def values_of_streams(path: Path, noted: str, known: set[str]) -> dict[str, str]:
+    """Which value of the graph holds each stream's codes, as noted in the file.
+
+    Raises:
+        UserError: the note is damaged.
+    """
+    try:
+        found = json.loads(noted)
+        if known.issuperset(found.values()):
+            return dict(found)
+    except (ValueError, AttributeError, TypeError):
+        pass
+    raise UserError(f"{path}: its list of integer streams is damaged; export it again")
+
+
+def by_stream(streams: Mapping[str, str], codes: Mapping[str, NDArray[Any]]) -> dict[str, Tensor]:
     """Codes by the path of their stream."""
-    return {name.removesuffix(CODES): torch.from_numpy(array) for name, array in zip(names, codes, strict=True)}
+    return {path: torch.from_numpy(codes[value]) for path, value in streams.items()}
