@@ -51,7 +51,7 @@ class Page(HTMLParser):
 def text_of(page: Path) -> str:
     """What a reader sees, on one line and with plain spaces."""
     shown = re.sub(r"<style>.*?</style>|<svg.*?</svg>", " ", page.read_text(), flags=re.DOTALL)
-    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", shown)).replace("\u00a0", " ").split())
+    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", shown)).replace("\u00a0", " ").replace("\u2060", "").split())
 
 
 def titles(page: Path) -> list[str]:
@@ -135,6 +135,19 @@ def test_a_run_with_nothing_but_a_recipe_still_gives_a_page(tmp_path: Path) -> N
 def test_a_folder_without_a_recipe_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no recipe\.yaml"):
         write_report(tmp_path)
+
+
+def test_a_file_within_a_twentieth_of_float_is_called_as_fast(write_run: Write) -> None:
+    run = write_run("student")
+    latency = json.loads((run / "latency.json").read_text())
+    for row in latency["rows"]:
+        row["ratio"] = 1.04
+    put(run, "latency.json", latency)
+    assert "smaller), as fast as float in ONNX Runtime; both files" in text_of(write_report(run))
+    for row in latency["rows"]:
+        row["ratio"] = 0.8
+    put(run, "latency.json", latency)
+    assert "smaller), 1.2 × slower in ONNX Runtime; both files" in text_of(write_report(run))
 
 
 def test_a_failed_check_is_said_in_the_headline_and_names_the_layer(write_run: Write) -> None:
@@ -357,3 +370,21 @@ def test_no_mutation_of_a_runs_files_ends_in_a_traceback(write_run: Write, seed:
         return
     assert parsed.crossed == []
     assert not {"script", "img"} & {tag for tag, _ in parsed.tags}
+
+
+@pytest.mark.parametrize(
+    ("model", "base", "name"),
+    [
+        ({"class_path": "galago.models.tiny.tiny"}, "galago.models.tiny.Tiny", "tiny"),
+        ({"class_path": "galago.run.load", "init_args": {"run": "a"}}, "galago.models.resnet.resnet32", "resnet32"),
+        ({"class_path": "timm.create_model", "init_args": {"model_name": "levit_128s"}}, "", "levit_128s"),
+        (None, "", "student"),
+    ],
+)
+def test_the_network_is_called_what_its_recipe_calls_it(
+    write_run: Write, model: dict[str, Any] | None, base: str, name: str
+) -> None:
+    run = write_run("student")
+    (run / "recipe.yaml").write_text(json.dumps({"model": model}))
+    put(run, "architecture.json", {"model": {"class_path": base}})
+    assert text_of(write_report(run)).split("Galago report ")[-1].startswith(f"{name}, 4-bit: ")

@@ -94,6 +94,12 @@ def around(values: Sequence[float], least: float = 0.0, margin: float = 0.15) ->
     return middle - spread * (0.5 + margin), middle + spread * (0.5 + margin)
 
 
+def around_shares(values: Sequence[float], least: float, margin: float) -> tuple[float, float]:
+    """The same for shares, with no empty room above 100 %."""
+    low, high = around(values, least, margin)
+    return low, min(high, max([1.0, *values]) + 0.03 * (high - low))
+
+
 def around_log(values: Sequence[float], least: float = 2.0) -> tuple[float, float]:
     """The same for a logarithmic scale."""
     low, high = around([math.log(value) for value in values], math.log(least))

@@ -14,8 +14,8 @@ from galago.deploy.report.drawing import (
     Figure,
     Scale,
     accuracy_ticks,
-    around,
     around_log,
+    around_shares,
     plainly,
 )
 from galago.deploy.report.predictions import BINS, Predictions
@@ -99,7 +99,7 @@ def _scatter(title: str, cost: str, points: Sequence[Point], caption: str) -> Fi
         return None
     canvas = Canvas(height=290 + 17 * len(points))
     x = Scale(*around_log([point.cost for point in points]), LEFT, RIGHT, logarithmic=True)
-    low, high = around([point.accuracy for point in points], least=0.01, margin=0.25)
+    low, high = around_shares([point.accuracy for point in points], least=0.01, margin=0.25)
     y = Scale(low, high, BOTTOM, TOP)
     canvas.across(y, *accuracy_ticks(y))
     canvas.below(x, x.ticks(4), plainly, cost)

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from galago.errors import UserError
 from galago.probes.calibration import Bins, reliability
+from galago.probes.paired import paired_difference
 
 SECTIONS = ("model", "onnx", "openvino")  # the forms of a network, as in metrics.json
 BINS = 15
@@ -100,7 +101,9 @@ def compare(before: Predictions, after: Predictions, rounds: int = 1000, seed: i
     intervals = [Interval(*map(float, values)) for values in zip(found[0], low, high, strict=True)]
     worse = int((before.correct > after.correct).sum())
     better = int((after.correct > before.correct).sum())
-    return Paired(images, worse, better, mcnemar(worse, better), *intervals)
+    right = [torch.from_numpy(one.correct) for one in (before, after)]
+    accuracy = Interval(*paired_difference(right[0], right[1], rounds, seed=seed))
+    return Paired(images, worse, better, mcnemar(worse, better), accuracy, *intervals)
 
 
 def mcnemar(only_before: int, only_after: int) -> float:
@@ -123,24 +126,24 @@ class _Table(NamedTuple):
 
     bin: NDArray[np.int64]
     gap: Values  # right or wrong, minus confidence
-    means: Values  # 3×N, whose means are scores
+    means: Values  # 2×N, whose means are scores
 
 
 def _table(answers: Predictions) -> _Table:
     inside = np.searchsorted(np.arange(1, BINS) / BINS, answers.confidence, side="left")  # closed on the right
-    means = np.stack([answers.correct, answers.surprise, answers.distance])
+    means = np.stack([answers.surprise, answers.distance])
     return _Table(inside.astype(np.int64), answers.correct - answers.confidence, means)
 
 
 def _differences(before: _Table, after: _Table, counts: Values) -> Values:
-    """Accuracy, ECE, NLL and Brier score, after − before, with image i counted `counts[i]` times."""
+    """ECE, NLL and Brier score, after − before, with image i counted `counts[i]` times."""
     return _scores(after, counts) - _scores(before, counts)
 
 
 def _scores(table: _Table, counts: Values) -> Values:
     gaps = np.bincount(table.bin, counts * table.gap, BINS)
-    accuracy, surprise, distance = table.means @ counts
-    sums: Values = np.array([accuracy, np.abs(gaps).sum(), surprise, distance])
+    surprise, distance = table.means @ counts
+    sums: Values = np.array([np.abs(gaps).sum(), surprise, distance])
     return sums / float(counts.sum())
 
 

@@ -13,7 +13,6 @@ from galago.deploy.report.wording import (
     MISSING,
     between,
     megabytes,
-    milliseconds,
     name_of,
     percent,
     reference,
@@ -81,10 +80,8 @@ def headline(record: Record, against: Record | None) -> str:
     if size:
         parts.append(megabytes(size) + (f" ({times(less[0], 'smaller', 'larger')})" if less else ""))
     if (row := quickest(record)) and row.ratio:
-        speed = times(row.ratio, "faster", "slower")
-        parts.append(
-            f"{'as fast as float' if speed == 'unchanged' else speed} in {ENGINES.get(row.engine, row.engine)}"
-        )
+        speed = "as fast as float" if abs(row.ratio - 1) < 0.05 else times(row.ratio, "faster", "slower")
+        parts.append(f"{speed} in {ENGINES.get(row.engine, row.engine)}")
     return f"{said}: {', '.join(parts) or 'not measured yet'}; {proved(record)}."
 
 
@@ -142,7 +139,9 @@ def _size(record: Record, against: Record | None) -> Card:
 
 
 def _speed(row: Timing) -> Card:
-    spread = f" ({significant(row.ratio_low, 2)}–{significant(row.ratio_high, 2)} ×)" if row.ratio_low else ""
+    digits = 2 if (row.ratio_low or 0) >= 1.1 else 3
+    ends = [significant(end, digits) for end in (row.ratio_low, row.ratio_high)]
+    spread = f" ({ends[0]}–{ends[1]} ×)" if row.ratio_low and row.ratio_high else ""
     note = f"{times(row.ratio, 'faster', 'slower')} than float{spread}" if row.ratio else f"batch {row.batch}"
     note = note.replace("unchanged than", "as fast as")
-    return Card(f"Latency, {ENGINES.get(row.engine, row.engine)}", milliseconds(row.median), note)
+    return Card(f"Latency, {ENGINES.get(row.engine, row.engine)}", f"{significant(row.median, 2)} ms", note)

@@ -14,7 +14,7 @@ from galago.deploy.report.drawing import (
     Figure,
     Scale,
     accuracy_ticks,
-    around,
+    around_shares,
     plainly,
 )
 from galago.deploy.report.reading import Record, number, text
@@ -69,7 +69,7 @@ def accuracy_curve(record: Record, against: Record | None) -> Figure | None:
     canvas, floor = Canvas(height=330), 285.0
     before = against.number("accuracy") if against else None
     shown = sorted(value for _, value in points)
-    low, high = around(shown[len(shown) // 20 :] + ([before] if before else []), least=0.02, margin=0.1)
+    low, high = around_shares(shown[len(shown) // 20 :] + ([before] if before else []), least=0.02, margin=0.1)
     x, y = Scale(points[0][0], points[-1][0], LEFT, RIGHT), Scale(low, high, BOTTOM, TOP)
     canvas.across(y, *accuracy_ticks(y))
     canvas.curve([(x(epoch), min(y(value), BOTTOM + 4.0)) for epoch, value in _thinned(points)], "curve-0")

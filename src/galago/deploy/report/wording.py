@@ -14,7 +14,7 @@ ENGINES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "torch": "PyTo
 FORMS = {"model": "trained model", "onnx": "ONNX file", "openvino": "OpenVINO file"}
 MADE_BY = {"onnxruntime": "onnx", "openvino": "openvino", "torch": "model"}  # which form an engine runs
 MISSING = "–"
-_UNIT = re.compile(r"(?<=\d) (?=(?:%|×|MB|kB|ms|µs|dB|points|GB)(?!\w))")
+_UNIT = re.compile(r"(?<=\d) (?=(?:%|×|MB|kB|ms|dB|points|GB)(?!\w))")
 
 
 def significant(value: float | None, digits: int = 3) -> str:
@@ -32,12 +32,13 @@ def significant(value: float | None, digits: int = 3) -> str:
 
 
 def unbroken(said: str) -> str:
-    """Keeps numbers and their units on one line.
+    """Keeps numbers and their units, and ranges, on one line.
 
     >>> unbroken("2.3 × faster, 91 % right") == "2.3\u00a0×\u00a0faster, 91\u00a0% right"
     True
     """
-    return _UNIT.sub("\u00a0", re.sub(r"× (?=[a-z])", "×\u00a0", said))
+    joined = re.sub(r"(?<=\d)–(?=\d)", "\u2060–\u2060", re.sub(r"× (?=[a-z])", "×\u00a0", said))
+    return _UNIT.sub("\u00a0", joined)
 
 
 def percent(share: float | None, decimals: int = 1) -> str:
@@ -88,12 +89,10 @@ def counted(count: float | None) -> str:
 
 def milliseconds(time: float | None) -> str:
     """
-    >>> milliseconds(1.534), milliseconds(0.0871)
-    ('1.53 ms', '87.1 µs')
+    >>> milliseconds(1.534), milliseconds(0.08714)
+    ('1.53 ms', '0.0871 ms')
     """
-    if time is None:
-        return MISSING
-    return f"{significant(time)} ms" if time >= 0.1 else f"{significant(time * 1000)} µs"
+    return MISSING if time is None else f"{significant(time)} ms"
 
 
 def times(ratio: float, more: str, less: str) -> str:
@@ -111,11 +110,13 @@ def times(ratio: float, more: str, less: str) -> str:
 def name_of(record: Record) -> str:
     """The network's name: the function or class it came from, or the name that a model zoo knows it by."""
     model = record.recipe.get("model")
-    path = record.base or (text(model.get("class_path")) if isinstance(model, dict) else text(model))
-    given = (model.get("init_args") if isinstance(model, dict) else None) or {}
-    zoo = path.rpartition(".")[2] in ("create_model", "get_model")
-    named = text(given.get("model_name") or given.get("name")) if zoo and isinstance(given, dict) else ""
-    return named or path.rpartition(".")[2] or record.folder.resolve().name
+    path = text(model.get("class_path")) if isinstance(model, dict) else text(model)
+    given = model.get("init_args") if isinstance(model, dict) else None
+    if path in ("timm.create_model", "torchvision.models.get_model") and isinstance(given, dict):
+        return text(given.get("model_name") or given.get("name")) or path
+    if path == "galago.run.load":  # it went on from another run: what that one's network was
+        path = record.base
+    return path.rpartition(".")[2] or record.folder.resolve().name
 
 
 def width_of(layers: Sequence[LayerNote]) -> str:
