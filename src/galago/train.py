@@ -98,7 +98,7 @@ def train(
         UserError: anything a person can mend: names that do not exist, shapes that do not fit, a full disk.
     """
     files = Run(run)
-    fabric = _fabric(accelerator, devices, precision, files if tensorboard else None)
+    fabric = _fabric(accelerator, devices, precision, files if tensorboard else None, bool(methods))
     fabric.launch()
     torch.manual_seed(seed + fabric.global_rank)
     if fabric.is_global_zero:
@@ -133,8 +133,9 @@ def train(
     return trained
 
 
-def _fabric(accelerator: str, devices: int, precision: Any, logged: Run | None) -> Fabric:
-    strategy = DDPStrategy(find_unused_parameters=True) if devices > 1 else "auto"
+def _fabric(accelerator: str, devices: int, precision: Any, logged: Run | None, ideas: bool) -> Fabric:
+    # A method may leave parameters without a gradient in some steps; looking for them costs a little in each.
+    strategy = DDPStrategy(find_unused_parameters=ideas) if devices > 1 else "auto"
     try:
         loggers: list[Logger] = []
         if logged is not None:

@@ -1,0 +1,120 @@
+"""The whole way: real digits, train, kill, resume, export, verify, measure, report, as a user does it by command."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from conftest import ROOT
+from galago import cli
+from galago.run import Run, load
+
+RECIPE = {
+    "model": {"class_path": "galago.models.tiny.Tiny", "init_args": {"width": 16}},
+    "task": {"class_path": "galago.tasks.classify.Classify", "init_args": {"classes": 10}},
+    "data": {"class_path": "galago.datasets.digits.Digits", "init_args": {"batch_size": 64}},
+    "epochs": 12,
+    "checkpoint_every": 7,
+    "methods": [
+        {
+            "class_path": "galago.quantize.quantize.Quantize",
+            "init_args": {
+                "weight": {"class_path": "galago.quantize.lsq.LSQWeight"},
+                "input": {"class_path": "galago.quantize.lsq.LSQ"},
+                "stream": {"class_path": "galago.quantize.min_max.MinMax"},
+            },
+        },
+        {"class_path": "galago.augment.cutmix.CutMix", "init_args": {"probability": 0.3}},
+    ],
+    "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.05, "momentum": 0.9}},
+}
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "galago.cli", *arguments]
+
+
+def started(recipe: Path, run: Path) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    arguments = command("train", "--config", str(recipe), "--run", str(run))
+    return subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
+
+
+def killed_in_the_middle(recipe: Path, run: Path) -> None:
+    """Starts training and kills it, without a warning, once an epoch is done and another begun."""
+    process = started(recipe, run)
+    for _ in range(1200):
+        if len(Run(run).history()) >= 4 or process.poll() is not None:
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def journey(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two runs of the same recipe: one left alone, one killed and resumed."""
+    folder = tmp_path_factory.mktemp("journey")
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(RECIPE))
+    whole = started(recipe, folder / "whole")
+    killed_in_the_middle(recipe, folder / "parts")
+    assert not Run(folder / "parts").finished, "it was to be killed before it ended"
+    assert started(recipe, folder / "parts").wait() == 0
+    assert whole.wait() == 0
+    return folder
+
+
+def test_a_killed_process_continues_to_the_same_bits(journey: Path):
+    whole, parts = (load(journey / name).state_dict() for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    logs = [
+        [{k: v for k, v in line.items() if k != "images_per_second"} for line in Run(journey / name).history()]
+        for name in ("whole", "parts")
+    ]
+    assert logs[0] == logs[1]
+
+
+def test_from_the_trained_run_to_proved_files_and_a_report(journey: Path, capsys: pytest.CaptureFixture[str]):
+    run = journey / "parts"
+    assert cli.main(["export", "--run", str(run)]) == 0
+    assert cli.main(["verify", "--run", str(run)]) == 0
+    measured = {}
+    for artifact in (None, "model.onnx", "model.xml"):
+        capsys.readouterr()
+        extra = [] if artifact is None else ["--artifact", str(run / artifact)]
+        assert cli.main(["measure", "--run", str(run), *extra]) == 0
+        measured[artifact] = json.loads(capsys.readouterr().out)
+    assert len({numbers["accuracy"] for numbers in measured.values()}) == 1
+    assert measured[None]["accuracy"] > 0.9
+    assert abs(measured["model.onnx"]["ece"] - measured[None]["ece"]) < 0.005
+    assert cli.main(["report", "--run", str(run), "--against", str(journey / "whole")]) == 0
+    assert "proved" in (run / "report.html").read_text()
+    assert cli.main(["inspect", str(run / "model.onnx")]) == 0
+    assert "QLinearConv" in capsys.readouterr().out
+
+
+def test_a_damaged_file_fails_verification_with_exit_code_1(journey: Path):
+    """One weight scale of the finished model doubled: the file no longer is what was trained."""
+    run = journey / "whole"
+    assert cli.main(["export", "--run", str(run)]) == 0
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(run / "model.safetensors")
+    name = next(n for n in weights if n.endswith("block.conv.weight_quantizer.step"))
+    save_file(weights | {name: weights[name] * 2}, run / "model.safetensors")
+    assert cli.main(["verify", "--run", str(run)]) == 1
+    outcome = json.loads((run / "verify.json").read_text())
+    assert outcome["integer"]["passed"]
+    assert outcome["onnxruntime"]["first_diverging"].startswith("block")
+    assert not outcome["openvino"]["passed"]

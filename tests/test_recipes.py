@@ -1,0 +1,114 @@
+"""Every recipe parses, trains two steps and names nothing that is not there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from conftest import ROOT
+from galago import recipe
+from galago.catalogue import ideas
+from galago.models.tiny import Tiny
+from galago.probe import device_of
+from galago.run import Run
+
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+NAMES = [str(path.relative_to(ROOT)) for path in RECIPES]
+
+
+def cifar(root: Path, classes: int) -> None:
+    folder, label = ("cifar-10-batches-bin", 1) if classes == 10 else ("cifar-100-binary", 2)
+    (root / folder).mkdir(parents=True)
+    draw = np.random.default_rng(0)
+    for name in ("data_batch_1.bin", "test_batch.bin") if classes == 10 else ("train.bin", "test.bin"):
+        records = draw.integers(0, 256, (40, 3072 + label), dtype=np.uint8)
+        records[:, :label] = (np.arange(40) % classes)[:, None]
+        (root / folder / name).write_bytes(records.tobytes())
+
+
+def digits(root: Path) -> None:
+    draw = np.random.default_rng(0)
+    root.mkdir(parents=True)
+    for name in ("train", "t10k"):
+        header = np.array([2051, 40, 28, 28], dtype=">i4").tobytes()
+        images = draw.integers(0, 256, (40, 28, 28), dtype=np.uint8)
+        (root / f"{name}-images-idx3-ubyte").write_bytes(header + images.tobytes())
+        labels = np.array([2049, 40], dtype=">i4").tobytes() + (np.arange(40) % 10).astype(np.uint8).tobytes()
+        (root / f"{name}-labels-idx1-ubyte").write_bytes(labels)
+
+
+def pictures(root: Path, classes: list[str]) -> None:
+    draw = np.random.default_rng(0)
+    for part in ("train", "val", "test"):
+        for name in classes:
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for number in range(16):
+                size = draw.integers(20, 60, 2)
+                Image.fromarray(draw.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / f"{number}.jpg")
+
+
+def shrunk(content: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The recipe with small made-up images in the published layout, no weights to start from, and two steps."""
+    data = content["data"]["init_args"]
+    kind = content["data"]["class_path"]
+    root = folder / "data"
+    if "cifar" in kind:
+        cifar(root, 100 if kind.endswith("100") else 10)
+    elif "idx" in kind:
+        digits(root)
+    elif "image_folder" in kind:
+        pictures(root, ["Platelets", "RBC", "WBC"])
+    if "digits.Digits" not in kind:
+        data["root"] = str(root)
+    data.update(batch_size=8, per_class=2 if "digits" in kind else 6)
+    arguments = content["model"].get("init_args", {})
+    arguments.pop("weights", None)
+    return content | {"epochs": 1, "compile": False, "run": str(folder / "run"), "needs": []}
+
+
+def without_teachers(content: Any, folder: Path) -> Any:
+    """Finished runs that a recipe names, replaced by a run of an untrained network with as many classes."""
+    if isinstance(content, dict) and content.get("class_path") == "galago.run.load":
+        run = Run(folder / "teacher")
+        run.folder.mkdir(exist_ok=True)
+        from galago.datasets.digits import Digits
+
+        run.save_model(Tiny(width=4), Digits().normalize)
+        return {"class_path": "galago.run.load", "init_args": {"run": str(run.folder)}}
+    if isinstance(content, dict):
+        return {key: without_teachers(value, folder) for key, value in content.items()}
+    return [without_teachers(value, folder) for value in content] if isinstance(content, list) else content
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=NAMES)
+def test_every_recipe_trains_two_steps(path: Path, tmp_path: Path):
+    content = without_teachers(shrunk(yaml.safe_load(path.read_text()), tmp_path), tmp_path)
+    small = tmp_path / "recipe.yaml"
+    small.write_text(yaml.safe_dump(content))
+    model = recipe.train_recipe(["--config", str(small)])
+    assert device_of(model) == torch.device("cpu")
+    assert Run(tmp_path / "run").finished
+    steps = [line["step"] for line in Run(tmp_path / "run").history() if line["kind"] == "epoch"]
+    assert steps[-1] >= 2
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=NAMES)
+def test_a_recipe_has_the_name_of_its_run_and_says_how_to_run_it(path: Path):
+    text = path.read_text()
+    assert text.startswith("# ")
+    assert f"--config {path.relative_to(ROOT)}" in text
+    for needed in yaml.safe_load(text).get("needs", []):
+        assert (path.parent / needed).exists()
+
+
+def test_every_recipe_that_a_page_promises_is_there():
+    promised = {idea.recipe for idea in ideas() if idea.recipe}
+    missing = {name for name in promised if not (ROOT / name).exists()}
+    assert not missing
