@@ -209,7 +209,8 @@ def substitute(model: ir.Model, old: ir.Node, new: list[ir.Node]) -> None:
     for node in new:
         node.metadata_props.update(old.metadata_props)
     given = new[-1].outputs[0]
-    given.shape, given.type = old.outputs[0].shape, old.outputs[0].type
+    given.shape, given.type, given.name = old.outputs[0].shape, old.outputs[0].type, old.outputs[0].name
+    old.outputs[0].name = None
     model.graph.insert_after(old, new)
     old.outputs[0].replace_all_uses_with(given, replace_graph_outputs=True)
     model.graph.remove(old, safe=True)

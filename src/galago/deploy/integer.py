@@ -49,7 +49,7 @@ def lower(network: nn.Module, example: Tensor) -> nn.Module:
     Raises:
         UserError: a quantizer never saw data, so its range is not set.
     """
-    network = copy.deepcopy(network).cpu().float().eval()
+    network = copy.deepcopy(network).cpu().float().eval().requires_grad_(False)
     if not any(isinstance(module, QuantLayer | QuantOutput) for module in network.modules()):
         return network
     check_ranges(network)
