@@ -32,9 +32,11 @@ import torch
 from torch import Tensor, nn
 
 from galago.errors import UserError
+from galago.quantize.blocks import in_blocks, inner_product
 from galago.quantize.quantizer import Affine, Grid, OwnRates, Quantizer
 
 SMALLEST_WIDTH = 1e-8
+HAIR = 1e-6  # of the interval: what a division may be off at its ends
 
 
 def interval_code(x: Tensor, low: Tensor, high: Tensor, steps: int) -> Tensor:
@@ -72,7 +74,7 @@ class _ScaledGradientRound(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, low: Tensor, high: Tensor, delta: Tensor, steps: int, centered: bool) -> Tensor:
         ctx.save_for_backward(x, low, high, delta)
-        ctx.steps, ctx.centered = steps, centered
+        ctx.steps, ctx.span = steps, 2.0 if centered else 1.0
         code = interval_code(x.to(torch.promote_types(x.dtype, low.dtype)), low, high, steps)
         if centered:
             code = centered_code(code, steps)
@@ -80,17 +82,28 @@ class _ScaledGradientRound(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
         x, low, high, delta = (saved.detach() for saved in ctx.saved_tensors)
-        x = x.to(torch.promote_types(x.dtype, low.dtype))
-        width = interval_width(low, high)
-        n = (x - low) / width
-        error = n - interval_code(x, low, high, ctx.steps) / ctx.steps
-        inside = (n >= 0) & (n <= 1)
-        slope = (1 + delta * grad.detach().sign() * error) * inside * ((2 if ctx.centered else 1) / width)
-        grad_x = grad * slope
-        toward_high = (grad_x * n).sum()
-        return grad_x.to(x.dtype), toward_high - grad_x.sum(), -toward_high, None, None, None
+        steps, width = ctx.steps, interval_width(low, high)
+        distance, strength, slope = width / steps, delta / -steps, ctx.span / width
+
+        def compute(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            place = (x.to(torch.promote_types(x.dtype, low.dtype)) - low).div_(distance)  # N n
+            # One pass that is zero on or beyond two numbers. The ends of the interval belong to it.
+            inside = torch.ops.aten.hardtanh_backward(grad.to(place.dtype), place, -HAIR, steps * (1 + HAIR))
+            error = place.round().sub_(place).mul_(strength)  # delta (n - q)
+            grad_n = with_gain(inside, error)
+            return grad_n * slope, grad_n.sum(), inner_product(grad_n, place)
+
+        grad_x, everywhere, toward_high = in_blocks(compute, x, grads[0])
+        grad_high = toward_high * (-slope / steps)
+        return grad_x.to(x.dtype), -slope * everywhere - grad_high, grad_high, None, None, None
+
+
+def with_gain(grad: Tensor, error: Tensor) -> Tensor:
+    """`grad (1 + sign(grad) error)`, the gain being a constant when this is differentiated again. May reuse `grad`."""
+    if torch.is_grad_enabled():
+        return grad * (1 + grad.detach().sign() * error)
+    return grad.addcmul_(grad.abs(), error)
 
 
 def centered_code(code: Tensor, steps: int) -> Tensor:

@@ -36,12 +36,22 @@ class QuantLayer(Wrapper):
         if self.observing:
             self.observe(x)
         inputs = x if self.input_quantizer is None else self.input_quantizer(x)
-        if self.weight_quantizer is None:
-            output: Tensor = self.layer(inputs)
-        else:
-            weight = self.weight_quantizer(self.layer.weight)
-            output = functional_call(self.layer, {"weight": weight}, (inputs,))
-        return output if self.output_scale is None else output * self.output_scale.abs()
+        output: Tensor = functional_call(self.layer, self.parameters_used(), (inputs,))
+        return output
+
+    def parameters_used(self) -> dict[str, Tensor]:
+        """What the layer computes with: its weight quantized, weight and bias times the learned output scale.
+
+        Scaling the layer's few parameters is scaling its output, without two more feature maps in memory.
+        """
+        used: dict[str, Tensor] = {"weight": self.layer.get_parameter("weight")}
+        if self.weight_quantizer is not None:
+            used["weight"] = self.weight_quantizer(used["weight"])
+        if self.output_scale is None:
+            return used
+        if self.layer.bias is not None:
+            used["bias"] = self.layer.get_parameter("bias")
+        return {name: tensor * self.output_scale.abs() for name, tensor in used.items()}
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:

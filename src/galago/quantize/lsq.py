@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from galago.errors import UserError
+from galago.quantize.blocks import in_blocks, inner_product
 from galago.quantize.quantizer import Grid, Quantizer, along, integer_range
 
 SMALLEST_STEP = 1e-8
@@ -70,13 +71,25 @@ class _LearnedStep(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
         v, step = (saved.detach() for saved in ctx.saved_tensors)
-        scaled = v.to(torch.promote_types(v.dtype, step.dtype)) / step.clamp_min(SMALLEST_STEP)
-        inside = (scaled > ctx.low) & (scaled < ctx.high)
-        error = scaled.round().clamp_(ctx.low, ctx.high).sub_(scaled * inside)
-        grad_step = (grad * error).sum_to_size(step.shape) * ctx.gradient_scale
-        return grad * inside, grad_step, None, None, None
+
+        def compute(v: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+            return gradients(v, grad, step, ctx.low, ctx.high)
+
+        grad_v, grad_step = in_blocks(compute, v, grads[0]) if step.ndim == 0 else compute(v, grads[0])
+        return grad_v.to(v.dtype), grad_step * ctx.gradient_scale, None, None, None
+
+
+def gradients(v: Tensor, grad: Tensor, step: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+    """What `grad`, the loss's gradient in the rounded values, means for `v` and for `step`, before scaling."""
+    scaled = v.to(torch.promote_types(v.dtype, step.dtype)) / step.clamp_min(SMALLEST_STEP)
+    grad = grad.to(scaled.dtype)
+    # One pass that is zero where `scaled` is on or beyond a bound: the paper's strict inequalities.
+    grad_v = torch.ops.aten.hardtanh_backward(grad, scaled, low, high)
+    rounded = scaled.round().clamp_(low, high)
+    if step.ndim == 0:
+        return grad_v, inner_product(grad, rounded) - inner_product(grad_v, scaled)
+    return grad_v, (grad * rounded - grad_v * scaled).sum_to_size(step.shape)
 
 
 class LSQ(Quantizer):

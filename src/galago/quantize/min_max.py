@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from galago.errors import UserError
+from galago.quantize.blocks import flat, memory_order
 from galago.quantize.quantizer import Grid, Quantizer, along, integer_range
 
 SMALLEST_SCALE = 1e-8
@@ -57,10 +58,11 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
         x, scale, zero_point = (saved.detach() for saved in ctx.saved_tensors)
         codes = (x.to(torch.promote_types(x.dtype, scale.dtype)) / scale).round_().add_(zero_point)
-        return grad * ((codes >= ctx.low) & (codes <= ctx.high)), None, None, None, None
+        # One pass that is zero on or beyond two numbers: codes are whole, so these are the first ones clipped.
+        kept = torch.ops.aten.hardtanh_backward(grads[0].to(codes.dtype), codes, ctx.low - 1, ctx.high + 1)
+        return kept.to(x.dtype), None, None, None, None
 
 
 class MinMax(Quantizer):
@@ -90,7 +92,7 @@ class MinMax(Quantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
-            minimum, maximum = x.detach().aminmax()
+            minimum, maximum = flat(x.detach(), memory_order(x)).aminmax()
             self.minimum.lerp_(minimum.float(), 1 - self.decay)
             self.maximum.lerp_(maximum.float(), 1 - self.decay)
         grid = self.grid()
