@@ -12,6 +12,7 @@ Background: Jacob et al., CVPR 2018, arXiv 1712.05877, section 3.2.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from galago.layers import Flow, find
+
+CLIPS = frozenset(("relu", "hardtanh", "clamp", "clamp_min"))
 
 
 class Scaling(NamedTuple):
@@ -60,6 +63,30 @@ def following_norm(network: nn.Module, seen: Flow, path: str) -> str | None:
     alone = len(seen.received.get(reader, [])) == 1 and number in seen.received[reader][0]
     channels_second = seen.values[number].ndim > 2 or isinstance(find(network, reader), nn.BatchNorm1d)
     return reader if alone and channels_second and is_foldable(find(network, reader)) else None
+
+
+def ends_of(seen: Flow, layers: Mapping[str, str | None]) -> dict[int, str]:
+    """Which layer made a tensor, by the tensor's number: what it gave, or what its folded BatchNorm made of that.
+
+    Args:
+        seen: the recorded pass.
+        layers: path of each layer to the path of the BatchNorm folded into it, or None.
+    """
+    ends = {}
+    for path, norm in layers.items():
+        number = seen.gave[path][0][0]
+        ends[seen.consumers(number)[0].outputs[0] if norm is not None else number] = path
+    return ends
+
+
+def layer_before(seen: Flow, number: int, ends: Mapping[int, str]) -> str | None:
+    """The layer whose result, at most clipped, a tensor is."""
+    while number not in ends:
+        call = seen.producer(number)
+        if call is None or call.operation not in CLIPS:
+            return None
+        number = call.inputs[0]
+    return ends[number]
 
 
 def is_foldable(module: nn.Module) -> bool:

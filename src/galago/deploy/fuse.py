@@ -26,7 +26,7 @@ class Chain(NamedTuple):
     """What stands between a producer and a quantizer: `codes = clip(Q(x - offset), low, high)`."""
 
     source: ir.Value  # x
-    offset: float
+    offset: NDArray[np.float32]  # one number, or one per channel
     low: int
     high: int
 
@@ -62,7 +62,7 @@ def shorten(model: ir.Model, quantize: ir.Node) -> None:
     if codes is None:
         return
     chain, passed = follow(quantize, codes)
-    if not passed or (chain.offset and not take_from_bias(model, chain)):
+    if not passed or (chain.offset.any() and not take_from_bias(model, chain)):
         return
     quantize.replace_input_with(0, chain.source)
     limit(model, quantize, chain.low, chain.high)
@@ -86,7 +86,7 @@ def follow(quantize: ir.Node, codes: tuple[int, int]) -> tuple[Chain, list[ir.No
     """Walks up from a quantizer over clips and subtractions that nothing else reads; gives those passed, last first."""
     source, passed = quantize.inputs[0], []
     assert source is not None
-    chain = Chain(source, 0.0, *codes)
+    chain = Chain(source, np.zeros(1, np.float32), *codes)
     while (node := chain.source.producer()) is not None and not reads_more(chain.source):
         longer = beyond(quantize, node, chain)
         if longer is None:
@@ -97,31 +97,34 @@ def follow(quantize: ir.Node, codes: tuple[int, int]) -> tuple[Chain, list[ir.No
 
 
 def beyond(quantize: ir.Node, node: ir.Node, chain: Chain) -> Chain | None:
-    """The chain with one more operation in it; None for an operation that is neither a clip nor a subtraction."""
+    """The chain with one more operation in it; None for what is neither a clip nor the subtraction of an offset."""
     before = node.inputs[0] if node.inputs else None
     if before is None:
         return None
     if node.op_type == "Sub":
         taken = constant(node.inputs[1])
-        if taken is None or taken.size != 1:
-            return None
-        return chain._replace(source=before, offset=chain.offset + float(taken.item()))
-    if node.op_type == "Relu":
-        return chain._replace(source=before, low=max(chain.low, code(quantize, -chain.offset)))
-    if node.op_type == "Clip" and all(value is None or constant(value) is not None for value in node.inputs[1:]):
-        bounds = [constant(value) for value in node.inputs[1:]] + [None, None]
-        low = chain.low if bounds[0] is None else max(chain.low, code(quantize, float(bounds[0]) - chain.offset))
-        high = chain.high if bounds[1] is None else min(chain.high, code(quantize, float(bounds[1]) - chain.offset))
-        return Chain(before, chain.offset, low, high) if low <= high else None
-    return None
+        alone = taken is not None and taken.size == max(taken.shape, default=1) and not chain.offset.any()
+        return chain._replace(source=before, offset=taken.reshape(-1)) if taken is not None and alone else None
+    if node.op_type not in ("Relu", "Clip") or any(value and constant(value) is None for value in node.inputs[1:]):
+        return None
+    bounds = [constant(value) for value in node.inputs[1:]] + [None, None]
+    low = code(quantize, np.float32(0) if node.op_type == "Relu" else bounds[0], chain.offset, 0)
+    high = code(quantize, bounds[1], chain.offset, 255)
+    if low is None or high is None or max(chain.low, low) > min(chain.high, high):
+        return None
+    return Chain(before, chain.offset, max(chain.low, low), min(chain.high, high))
 
 
-def code(quantize: ir.Node, value: float) -> int:
-    """What a quantizer makes of one value."""
+def code(quantize: ir.Node, value: NDArray[Any] | np.float32 | None, offset: NDArray[Any], without: int) -> int | None:
+    """What a quantizer makes of a limit, less the offset; `without` if there is none, None if channels differ."""
+    if value is None:
+        return without
     scale, zero = constant(quantize.inputs[1]), constant(quantize.inputs[2])
     assert scale is not None
     assert zero is not None
-    return int(np.clip(np.rint(np.float32(value) / np.float32(scale.item())) + int(zero.item()), 0, 255))
+    steps = np.rint((np.float32(value) - offset.astype(np.float32)) / np.float32(scale.item()))
+    codes = np.unique(np.clip(steps + int(zero.item()), 0, 255))
+    return int(codes[0]) if codes.size == 1 else None
 
 
 def limit(model: ir.Model, quantize: ir.Node, low: int, high: int) -> None:
@@ -150,9 +153,9 @@ def take_from_bias(model: ir.Model, chain: Chain) -> bool:
     if bias is None and len(layer.inputs) > 2 and layer.inputs[2] is not None:
         return False
     old = np.zeros(scale.shape, np.int64) if bias is None else constant(bias.inputs[0])
-    if old is None or scale.ndim != 1:
+    if old is None or scale.ndim != 1 or chain.offset.size not in (1, scale.size):
         return False
-    new = old - np.rint(chain.offset / scale.astype(np.float64))
+    new = old - np.rint(chain.offset.astype(np.float64) / scale.astype(np.float64))
     fits = bool(np.abs(new).max() <= LARGEST)
     if fits:
         set_bias(model, layer, new.astype(np.int32), scale)

@@ -16,6 +16,7 @@ Chosen here, where papers are silent:
   the same bit for bit, 16-bit pair sums of older processors cannot saturate, and the bias, which engines round to
   s_x s_c, is up to 64 times finer.
 - A negative factor flips the signs of a channel's codes. Where int8 overflows (an actual -128) the BatchNorm stays.
+- An encoder's offset is rounded to whole steps of the accumulator before it, where an engine takes it into the bias.
 - A channel whose bias exceeds 2^30 steps of its own accumulator (a dead one) is a constant: zero weights, bias kept.
 - A layer that no 8-bit integer can express (`obstacle` says why) stays as it was trained, in float.
 """
@@ -24,12 +25,13 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from galago.deploy.codes import centered, encode, flips_fit
-from galago.deploy.fold import Scaling, following_norm, scaling_of, without_norm
+from galago.deploy.fold import Scaling, ends_of, following_norm, layer_before, scaling_of, without_norm
 from galago.deploy.integer_layers import TRANSPOSED, IntegerLayer, IntegerStream, StreamInput, StreamOutput, output_axis
 from galago.errors import UserError
 from galago.layers import Flow, find, flow, swap
@@ -54,11 +56,13 @@ def lower(network: nn.Module, example: Tensor) -> nn.Module:
         return network
     check_ranges(network)
     seen = flow(network, example.cpu().float())
+    norms: dict[str, str | None] = {}
     for paths in places(network, QuantLayer):
         layer = find(network, paths[0])
         assert isinstance(layer, QuantLayer)
         if obstacle(layer) is None:
-            network = lower_layer(network, layer, paths, seen)
+            network, norms[paths[0]] = lower_layer(network, layer, paths, seen)
+    align_offsets(network, seen, norms)
     for paths in places(network, QuantOutput):
         output = find(network, paths[0])
         assert isinstance(output, QuantOutput)
@@ -67,8 +71,8 @@ def lower(network: nn.Module, example: Tensor) -> nn.Module:
     return network
 
 
-def lower_layer(network: nn.Module, old: QuantLayer, paths: list[str], seen: Flow) -> nn.Module:
-    """Puts the integer form of one quantized layer in its place, and takes in the BatchNorm behind it."""
+def lower_layer(network: nn.Module, old: QuantLayer, paths: list[str], seen: Flow) -> tuple[nn.Module, str | None]:
+    """Puts the integer form of one quantized layer in its place; also the path of the BatchNorm that it took in."""
     layer, scaling = old.layer, own_scaling(old)
     path = following_norm(network, seen, paths[0]) if len(paths) == 1 else None
     if path is not None:
@@ -76,8 +80,31 @@ def lower_layer(network: nn.Module, old: QuantLayer, paths: list[str], seen: Flo
         both = scaling_of(norm).after(scaling)
         if old.weight_quantizer is None or flips_fit(layer, old.weight_quantizer, both.factor, output_axis(layer)):
             scaling, network = both, swap(network, path, without_norm(norm))
+        else:
+            path = None
     has_bias = bias_of(layer) is not None or bool(scaling.shift.any())
-    return replace(network, paths, integer_form(old, scaling, has_bias))
+    return replace(network, paths, integer_form(old, scaling, has_bias)), path
+
+
+def align_offsets(network: nn.Module, seen: Flow, norms: Mapping[str, str | None]) -> None:
+    """Rounds each encoder's offset to whole accumulator steps of the integer layer that comes just before.
+
+    Engines take it into that layer's bias (`galago.deploy.fuse`); the integer module is to do exactly as they do.
+    """
+    ends = ends_of(seen, {path: norm for path, norm in norms.items() if len(seen.gave.get(path, ())) == 1})
+    for path in norms:
+        stream = getattr(find(network, path), "stream", None)
+        if stream is None or stream.encoder_offset is None or len(seen.received[path]) != 1:
+            continue
+        number = seen.received[path][0][0]
+        before = layer_before(seen, number, ends)
+        layer = None if before is None else find(network, before)
+        if isinstance(layer, IntegerLayer) and layer.stream is not None:
+            step = layer.stream.scale * layer.scale
+            rounded = (stream.encoder_offset / step).round() * step
+            channels_last = isinstance(layer.layer, nn.Linear)
+            behind = 0 if channels_last else seen.values[number].ndim - 2
+            stream.encoder_offset = rounded.view(-1, *[1] * behind)
 
 
 def own_scaling(old: QuantLayer) -> Scaling:

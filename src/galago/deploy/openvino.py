@@ -12,6 +12,7 @@ at most.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -44,7 +45,12 @@ def export(deployed: Deployed, example: Tensor, path: Path, float_image: bool = 
     Raises:
         UserError: the network cannot be exported; the layer is named.
     """
-    model = keep_roundings(build(deployed, example, float_image))
+    return write(build(deployed, example, float_image), path)
+
+
+def write(model: onnx.ModelProto, path: Path) -> list[Path]:
+    """Writes the OpenVINO files of a model with plain int8 weights, as `galago.deploy.onnx.build` makes it."""
+    model = keep_roundings(model)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with TemporaryDirectory() as folder:
@@ -59,7 +65,8 @@ def export(deployed: Deployed, example: Tensor, path: Path, float_image: bool = 
 
 
 def keep_roundings(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Puts a pooling over one pixel behind the quantizer of a convolution whose result is added to something."""
+    """The model with a pooling over one pixel behind the quantizer of a convolution whose result is added to something."""
+    model = copy.deepcopy(model)
     makers = {output: node for node in model.graph.node for output in node.output}
     changed: list[onnx.NodeProto] = []
     added = {name for node in model.graph.node if node.op_type == "Add" for name in node.input}

@@ -25,7 +25,7 @@ def quantize(x: Tensor, scale: Tensor, offset: Tensor | None, zero_point: Tensor
     Args:
         x: any shape, float.
         scale: one positive number.
-        offset: one number, or None for zero.
+        offset: one number, or one per channel shaped to broadcast; None for zero.
         zero_point: one code, uint8.
         low: smallest code.
         high: largest code.

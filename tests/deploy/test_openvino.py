@@ -1,0 +1,126 @@
+"""The OpenVINO files: integers throughout, and no rounding left out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torchvision
+from onnx import save
+from torch import nn
+
+from galago.deploy import onnx, openvino
+from galago.deploy.pack import pack
+from galago.deploy.runtime import OnnxRuntime, OpenVINO, load
+from galago.quantize.ewgs import EWGS, EWGSWeight
+from galago.quantize.lsq import LSQ, LSQWeight
+from galago.quantize.min_max import MinMax, MinMaxWeight
+from integers import Exported, Interval, Maker, Odd, PerChannel, Ranged, deployed, images, quantize, shaken
+
+
+def test_every_layer_runs_as_int8(zoo: Exported) -> None:
+    found = [made for made in OpenVINO(zoo.xml).operations() if made.kind in ("Convolution", "FullyConnected")]
+    assert len(found) == 6
+    assert all(made.kernel.endswith("_I8") for made in found)
+    assert {made.name.partition(".")[0] for made in found} >= {"stem", "depth", "point", "group", "last", "fc"}
+
+
+def test_the_sum_is_of_rounded_addends(zoo: Exported) -> None:
+    image = images(64)
+    integer = zoo.codes(image)["relu4.stream"]
+    assert torch.equal(OpenVINO(zoo.xml).look(image)[1]["relu4.stream"], integer)
+    model = onnx.build(zoo.integer, image)
+    pools = [node.name for node in openvino.keep_roundings(model).graph.node if node.op_type == "MaxPool"]
+    assert sorted(pools) == ["norm4.stream/codes/kept", "relu2.stream/codes/kept"]
+
+
+def test_weights_take_a_byte_each(zoo: Exported) -> None:
+    weights = sum(layer.codes.numel() for layer in onnx.integer_layers(zoo.integer).values())
+    assert weights < zoo.xml.with_suffix(".bin").stat().st_size < weights + 3000
+
+
+def residual(name: str) -> nn.Module:
+    """A published architecture, with streams where a user would have put them."""
+    torch.manual_seed(0)
+    return shaken(timm.create_model(name, num_classes=5))
+
+
+BLOCKS = ("layer1", "layer2", "layer3", "layer4")
+RESNET = (
+    "maxpool",
+    *(f"{block}.{i}.bn2" for block in BLOCKS for i in (0, 1)),
+    *(f"{block}.{i}.act2" for block in BLOCKS for i in (0, 1)),
+    *(f"{block}.0.downsample" for block in BLOCKS[1:]),
+)
+
+
+def agrees(whole: Exported, size: int) -> None:
+    """Each stream's codes in each engine, one step at most and hardly ever."""
+    image = images(4, size)
+    expected = whole.codes(image)
+    for file in (whole.onnx, whole.xml):
+        output, found = load(file).look(image)
+        assert torch.equal(load(file)(image), output)
+        assert found.keys() == expected.keys()
+        for path, codes in expected.items():
+            steps = (codes.int() - found[path].int()).abs()
+            assert (steps == 0).float().mean() >= 0.99, (file.name, path)
+
+
+def exported(network: nn.Module, folder: Path, size: int) -> Exported:
+    whole, image = deployed(network), images(1, size)
+    integer = onnx.lowered(whole, image)
+    model = onnx.build(integer, image)
+    save(pack(model, onnx.integer_layers(integer)), folder / "model.onnx")
+    openvino.write(model, folder / "model.xml")
+    return Exported(whole, integer, folder / "model.onnx", folder / "model.xml")
+
+
+def test_timms_resnet18_runs_as_integers_in_both_engines(tmp_path: Path) -> None:
+    network = quantize(residual("resnet18"), torch.randn(4, 3, 32, 32), PerChannel, lambda: Ranged(4), Ranged, RESNET)
+    whole = exported(network, tmp_path, 32)
+    agrees(whole, 32)
+    runtime = [made.kind for made in OnnxRuntime(whole.onnx).operations()]
+    assert (runtime.count("QLinearConv"), runtime.count("QLinearAdd"), runtime.count("QGemm")) == (20, 8, 1)
+    layers = [made for made in OpenVINO(whole.xml).operations() if made.kind in ("Convolution", "FullyConnected")]
+    assert len(layers) == 21
+    assert all(made.kernel.endswith("I8") for made in layers)
+    parameters = sum(parameter.numel() for parameter in residual("resnet18").parameters())
+    assert whole.onnx.stat().st_size < 4 * parameters / 7  # of the float file; 8 would be bare weights
+
+
+def test_torchvisions_resnet18_without_streams_gives_the_same_codes(tmp_path: Path) -> None:
+    network = shaken(torchvision.models.resnet18(num_classes=5))
+    quantize(network, torch.randn(4, 3, 32, 32), lambda: Odd(2), lambda: Interval(2), Ranged)
+    agrees(exported(network, tmp_path, 32), 32)
+
+
+def test_timms_mobilenetv3_runs_as_int8_in_openvino(tmp_path: Path) -> None:
+    network = quantize(residual("mobilenetv3_small_100"), torch.randn(4, 3, 32, 32), PerChannel, Ranged, Ranged)
+    whole = exported(network, tmp_path, 32)
+    agrees(whole, 32)
+    layers = [made for made in OpenVINO(whole.xml).operations() if made.kind in ("Convolution", "FullyConnected")]
+    assert all(made.kernel.endswith("I8") for made in layers)
+
+
+@pytest.mark.parametrize(
+    ("weight", "given"),
+    [
+        (lambda: LSQWeight(4), lambda: LSQ(4)),
+        (lambda: EWGSWeight(2), lambda: EWGS(2)),
+        (lambda: EWGSWeight(8), lambda: EWGS(8)),
+        (lambda: MinMaxWeight(8), lambda: MinMax(8)),
+    ],
+)
+def test_the_published_quantizers_run_as_integers_in_both_engines(weight: Maker, given: Maker, tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 9, 3), nn.BatchNorm2d(9), nn.ReLU(), nn.Conv2d(9, 9, 3, bias=False))
+    network.extend([nn.BatchNorm2d(9), nn.ReLU(), nn.Conv2d(9, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()])
+    quantize(shaken(network), torch.randn(8, 3, 12, 12), weight, given, Ranged)
+    for module in network.modules():
+        if isinstance(module, EWGS) and not isinstance(module, EWGSWeight):
+            module.low.data += 0.05 * module.high.data  # as after training
+    whole = exported(network, tmp_path, 12)
+    agrees(whole, 12)
+    assert sum(made.kind == "QLinearConv" for made in OnnxRuntime(whole.onnx).operations()) == 2
