@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ import torch
 from galago.data import Normalize
 from galago.errors import UserError
 from galago.run import Run, atomic, load
-from samples import SmallNet
+from galago.tasks.classify import Classify
+from galago.train import train
+from samples import SmallNet, Stripes
 
 
 class Bomb:
@@ -33,6 +36,15 @@ def test_a_loaded_model_is_the_saved_one(finished: Path, small_net: SmallNet):
     assert torch.equal(again(image), small_net.eval()(image))
     assert not again.training
     assert again.normalization.mean.flatten().tolist() == [0.5] * 3
+
+
+def test_a_network_of_an_earlier_run_trains_further_into_a_run_of_its_own(finished: Path, tmp_path: Path):
+    recipe = {"model": {"class_path": "galago.run.load", "init_args": {"run": str(finished)}}}
+    second, network = tmp_path / "second", load(finished, allow=["samples"])
+    trained = train(network, Classify(2), Stripes(), second, epochs=1, accelerator="cpu", recipe=recipe)
+    shutil.rmtree(finished)
+    image = torch.rand(2, 3, 8, 8)
+    assert torch.equal(load(second, allow=["samples"])(image), trained(image))
 
 
 def test_a_strangers_package_is_not_imported(finished: Path):

@@ -10,7 +10,7 @@ from torch import nn
 
 from galago.errors import UserError
 from galago.layers import Wrapper
-from galago.spec import architecture, build, describe, guard, rebuild, resolve
+from galago.spec import architecture, build, describe, guard, packages, rebuild, resolve
 
 
 class Doubled(Wrapper):
@@ -134,6 +134,11 @@ def test_a_record_neither_downloads_nor_reads_weights():
 def test_guard_finds_a_foreign_class_however_deep():
     with pytest.raises(UserError, match="posix"):
         guard({"data": {"init_args": {"augment": [{"class_path": "posix.system"}]}}})
+
+
+def test_packages_of_a_recipe_are_found_however_deep():
+    recipe = {"data": {"init_args": {"augment": [{"class_path": "mine.Crop"}]}}, "model": {"class_path": "galago.x.Y"}}
+    assert packages(recipe) == ["galago", "mine"]
 
 
 def test_a_package_may_be_allowed_by_name():

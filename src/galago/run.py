@@ -179,7 +179,8 @@ def load(run: Path | str, allow: Sequence[str] = ()) -> nn.Module:
         normalization = Normalize(record["mean"], record["std"])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{files.architecture} says nothing usable of the normalization") from error
-    model.__dict__["normalization"] = normalization  # a note, not a submodule: it is no part of the network
+    # notes, not submodules: no part of the network. What it was built from is not this run, should it train further
+    model.__dict__.update(normalization=normalization, built_from=record["model"])
     return model.eval()
 
 

@@ -15,6 +15,7 @@ from galago.deploy.verify import show, verify_run
 from galago.measure import measure_latency, measure_run
 from galago.probe import Deployed
 from galago.run import Run, load, normalization_of
+from galago.spec import packages
 
 
 def ship(arguments: Sequence[str]) -> int:
@@ -24,7 +25,7 @@ def ship(arguments: Sequence[str]) -> int:
     say(f"— train {config.run}")
     recipe.train_recipe(arguments)
     run = Path(config.run)
-    allow = _packages(recipe.plain(config))
+    allow = packages(recipe.plain(config))
     say("— export")
     for path, size in export_run(run, allow=allow).items():
         say(f"{path}  {size / 1e6:.3f} MB")
@@ -47,22 +48,8 @@ def _needed(path: Path, arguments: Sequence[str]) -> Path:
     if not Run(config.run).finished:
         say(f"— train {config.run} first, which the recipe needs")
         recipe.train_recipe(["--config", str(location)])
-    measure_run(Path(config.run), allow=_packages(recipe.plain(config)))
+    measure_run(Path(config.run), allow=packages(recipe.plain(config)))
     return Path(config.run)
-
-
-def _packages(content: object) -> list[str]:
-    """The packages a user's own recipe imports from: trusted because it is theirs."""
-    found = set()
-    if isinstance(content, dict):
-        if isinstance(path := content.get("class_path"), str):
-            found.add(path.partition(".")[0])
-        for value in content.values():
-            found.update(_packages(value))
-    elif isinstance(content, list):
-        for value in content:
-            found.update(_packages(value))
-    return sorted(found)
 
 
 def export_run(run: Path, float_image: bool = False, allow: Sequence[str] = ()) -> dict[str, int]:

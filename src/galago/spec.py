@@ -131,6 +131,17 @@ def guard(recipe: Any, allow: Sequence[str] = ()) -> None:
             guard(value, allow)
 
 
+def packages(recipe: Any) -> list[str]:
+    """The packages that a user's own recipe imports from: trusted because it is theirs."""
+    if isinstance(recipe, list):
+        return sorted({name for value in recipe for name in packages(value)})
+    if not isinstance(recipe, dict):
+        return []
+    path = recipe.get("class_path")
+    own = {path.partition(".")[0]} if isinstance(path, str) else set()
+    return sorted(own.union(*(packages(value) for value in recipe.values())))
+
+
 def resolve(path: Any, allow: Sequence[str] = ()) -> Callable[..., Any]:
     """The class or function at a dotted path, imported only from trusted or allowed packages."""
     if not isinstance(path, str) or not all(part.isidentifier() for part in path.split(".")) or "." not in path:

@@ -22,7 +22,7 @@ from galago.method import Method
 from galago.probe import Deployed, Probe, TaskMetrics, measure
 from galago.run import Run, load, write_json
 from galago.schedule import Cosine, Schedule
-from galago.spec import describe
+from galago.spec import describe, packages
 from galago.task import Task
 from galago.trainer import Learner, OptimizerFactory, Plan, fit
 
@@ -98,19 +98,19 @@ def train(
         UserError: anything a person can mend: names that do not exist, shapes that do not fit, a full disk.
     """
     files = Run(run)
+    resolved = recipe if recipe is not None else _described(model, task, data, methods, probes, epochs)
     fabric = _fabric(accelerator, devices, precision, files if tensorboard else None, bool(methods))
     fabric.launch()
     torch.manual_seed(seed + fabric.global_rank)
     if fabric.is_global_zero:
         if restart:
             files.clear()
-        files.begin(recipe if recipe is not None else _described(model, task, data, methods, epochs), seed)
+        files.begin(resolved, seed)
     fabric.barrier()
     if files.finished:
         say(f"{files.folder} is finished already; --restart true trains it again")
-        return load(files.folder, allow=[type(model).__module__.partition(".")[0]])
-    if recipe is not None:
-        model.__dict__.setdefault("built_from", recipe["model"])
+        return load(files.folder, allow=packages(resolved))
+    model.__dict__.setdefault("built_from", resolved["model"])
     data.seed = seed
     model = model.to(fabric.device)
     if channels_last:
@@ -147,12 +147,15 @@ def _fabric(accelerator: str, devices: int, precision: Any, logged: Run | None, 
         raise UserError(f"accelerator, devices or precision: {str(error).splitlines()[0]}") from error
 
 
-def _described(model: nn.Module, task: Task, data: Data, methods: Sequence[Method], epochs: int) -> dict[str, Any]:
+def _described(
+    model: nn.Module, task: Task, data: Data, methods: Sequence[Method], probes: Sequence[Probe], epochs: int
+) -> dict[str, Any]:
     return {
         "model": describe(model),
         "task": describe(task),
         "data": describe(data),
         "methods": describe(list(methods)),
+        "probes": describe(list(probes)),
         "epochs": epochs,
     }
 
