@@ -8,9 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from galago.quantize.quantizer import Quantizer, along
+from galago.quantize.quantizer import Quantizer, along, doublings
 
-FULL = 64  # weight codes up to here can never saturate the 16-bit pair sums of older x86 processors
 LARGEST_BIAS = 2**30  # leaves as much again for the accumulator
 SMALLEST_SCALE = 1e-30  # products of two scales must stay normal float32 numbers
 
@@ -56,9 +55,8 @@ def encode(
     """
     grid, channels = quantizer.grid(), weight.shape[axis]
     low = (grid.low - grid.zero_point).expand(channels).round().to(torch.int32)
-    reach = int(torch.maximum(low.abs(), (low + grid.high - grid.low).abs()).max())
     scale = (grid.scale.detach().double() * factor.abs()).expand(channels)
-    exponent = widening(scale, bias, unit, reach) if unit else torch.zeros_like(scale)
+    exponent = widening(scale, bias, unit, doublings(grid)) if unit else torch.zeros_like(scale)
     alive = (factor != 0) & (scale * (unit or 1.0) > SMALLEST_SCALE) & (exponent >= 0)
     times = torch.where(alive, factor.sign() * 2.0**exponent, 0.0).to(torch.int32)
     return WeightCodes(
@@ -70,12 +68,12 @@ def encode(
     )
 
 
-def widening(scale: Tensor, bias: Tensor | None, unit: float, reach: int) -> Tensor:
+def widening(scale: Tensor, bias: Tensor | None, unit: float, most: int) -> Tensor:
     """How often each channel's codes may be doubled: up to ±64, and while the bias fits; negative if it never does."""
-    doublings = torch.full_like(scale, math.log2(max(FULL // max(reach, 1), 1)))
+    times = torch.full_like(scale, float(most))
     if bias is not None:
-        doublings = doublings.minimum((LARGEST_BIAS * scale * unit / bias.abs().clamp_min(1e-300)).log2())
-    return doublings.floor()
+        times = times.minimum((LARGEST_BIAS * scale * unit / bias.abs().clamp_min(1e-300)).log2())
+    return times.floor()
 
 
 def constant_scale(scale: Tensor, bias: Tensor | None, unit: float) -> Tensor:

@@ -31,10 +31,10 @@ import torch
 from torch import Tensor, nn
 
 from galago.deploy.codes import centered, encode, flips_fit
-from galago.deploy.fold import Scaling, ends_of, following_norm, layer_before, scaling_of, without_norm
 from galago.deploy.integer_layers import TRANSPOSED, IntegerLayer, IntegerStream, StreamInput, StreamOutput, output_axis
 from galago.errors import UserError
 from galago.layers import Flow, find, flow, swap
+from galago.quantize.fold import Scaling, ends_of, following_norm, layer_before, scaling_of, without_norm
 from galago.quantize.layer import QuantLayer, QuantOutput
 from galago.quantize.quantizer import Quantizer, along
 

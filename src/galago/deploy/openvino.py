@@ -65,7 +65,7 @@ def write(model: onnx.ModelProto, path: Path) -> list[Path]:
 
 
 def keep_roundings(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with a pooling over one pixel behind the quantizer of a convolution whose result is added to something."""
+    """The model with a pooling over one pixel behind the quantizer of each convolution whose result is a summand."""
     model = copy.deepcopy(model)
     makers = {output: node for node in model.graph.node for output in node.output}
     changed: list[onnx.NodeProto] = []

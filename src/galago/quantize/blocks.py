@@ -55,6 +55,14 @@ def inner_product(a: Tensor, b: Tensor) -> Tensor:
     return torch.dot(flat(a, order), flat(b, order))
 
 
+def extremes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Smallest and largest element, scalars."""
+    if torch.compiler.is_compiling():
+        return x.amin(), x.amax()
+    smallest, largest = flat(x, memory_order(x)).aminmax()  # which copies what is not in order
+    return smallest, largest
+
+
 def memory_order(x: Tensor) -> list[int]:
     """A tensor's axes from the slowest to the fastest in memory: N, H, W, C for channels last."""
     return sorted(range(x.ndim), key=x.stride, reverse=True)

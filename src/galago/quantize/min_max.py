@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from galago.errors import UserError
-from galago.quantize.blocks import flat, memory_order
+from galago.quantize.blocks import extremes
 from galago.quantize.quantizer import Grid, Quantizer, along, integer_range
 
 SMALLEST_SCALE = 1e-8
@@ -92,7 +92,7 @@ class MinMax(Quantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
-            minimum, maximum = flat(x.detach(), memory_order(x)).aminmax()
+            minimum, maximum = extremes(x.detach())
             self.minimum.lerp_(minimum.float(), 1 - self.decay)
             self.maximum.lerp_(maximum.float(), 1 - self.decay)
         grid = self.grid()

@@ -55,7 +55,8 @@ class Plan:
 
     def _wrapped(self, path: str, module: nn.Module) -> nn.Module:
         weight, own, _ = self.choices.get(path, Choice())
-        made, wrapped = self.streams.places.get(path), module
+        made = self.streams.places.get(path)
+        wrapped: nn.Module = module
         if weight or own:
             device = device_of(module)
             weight, own = (q and q.to(device).train(module.training) for q in (weight, own))

@@ -42,6 +42,7 @@ from galago.quantize.layer import QuantLayer
 from galago.quantize.placement import Streams
 from galago.quantize.plan import Choice, Plan, initialize
 from galago.quantize.quantizer import Quantizer
+from galago.quantize.settle import settle_biases
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,7 @@ class Quantize(Method):
         self.__dict__.update(weight=weight, input=input, stream=stream, edge_weight=edge_weight, edge_input=edge_input)
         self.edge_bits, self.rules, self.keep, self.batches = edge_bits, tuple(rules), tuple(keep), batches
         self._rows: tuple[Row, ...] = ()
+        self._example: Tensor | None = None
 
     def prepare(self, model: nn.Module, data: Data) -> nn.Module:
         plan = self.plan(model, data)
@@ -112,6 +114,7 @@ class Quantize(Method):
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(data.seed)
             inputs = first_inputs(data, self.batches, device)
+            self._example = inputs[:1]
             statistics = [(buffer, buffer.clone()) for buffer in model.buffers()]
             model = plan.applied(model)
             initialize(model, inputs)
@@ -120,7 +123,9 @@ class Quantize(Method):
         return model
 
     def finish(self, model: nn.Module) -> nn.Module:
-        """Ranges no longer follow what they see; the quantizers stay, for the export."""
+        """Ranges no longer follow what they see, and biases settle on what integers hold; the quantizers stay."""
+        if self._example is not None:
+            settle_biases(model.eval(), self._example.to(device_of(model)))
         return model.eval()
 
     def check(self, model: nn.Module, data: Data) -> list[Row]:

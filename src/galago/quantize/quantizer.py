@@ -6,11 +6,14 @@ Every method decodes affinely, `value = scale * (code - zero_point)` (a `Grid`);
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+LARGEST_SAFE = 64
 
 
 class Grid(NamedTuple):
@@ -88,6 +91,19 @@ class Quantizer(nn.Module, ABC):
     def own_rates(self) -> OwnRates:
         """Ranges are not weights: by default they learn at the common rate and do not decay."""
         return OwnRates(weight_decay=0.0)
+
+
+def doublings(grid: Grid) -> int:
+    """How often a weight's codes can be doubled within ±64, counted from the zero point.
+
+    Codes up to 64 never saturate the 16-bit pair sums of older x86 processors, and a doubled code halves the step that
+    the accumulator, and so the bias, is held in.
+
+    >>> doublings(Grid(torch.tensor(1.0), torch.tensor(0.0), low=-8, high=7))
+    3
+    """
+    reach = max(abs(grid.low - float(grid.zero_point.max())), abs(grid.high - float(grid.zero_point.min())), 1.0)
+    return max(0, int(math.log2(LARGEST_SAFE / reach)))
 
 
 def along(per_slice: Tensor, x: Tensor, axis: int | None) -> Tensor:
