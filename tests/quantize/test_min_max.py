@@ -79,11 +79,20 @@ def test_the_range_follows_training_batches_and_stays_in_evaluation():
     assert (quantizer.minimum.item(), quantizer.maximum.item()) == (-2.0, 3.0)
 
 
-def test_training_and_evaluation_round_alike():
+def test_training_rounds_a_batch_as_evaluation_would_before_it():
     x, quantizer = torch.randn(4, 5, 6, 6), MinMax(4)
     quantizer.initialize(x)
-    trained = quantizer.train()(3 * x)
-    assert torch.equal(quantizer.eval()(3 * x), trained)
+    expected = quantizer.eval()(3 * x)
+    assert torch.equal(quantizer.train()(3 * x), expected)
+    assert not torch.equal(quantizer.eval()(3 * x), expected)
+
+
+def test_the_range_may_move_before_the_backward_pass():
+    x, quantizer = torch.tensor([-1.0, 0.5, 9.0], requires_grad=True), over(-1.0, 1.0, decay=0.0)
+    y = quantizer.train()(x)
+    assert quantizer.maximum == 9
+    y.sum().backward()
+    assert x.grad.tolist() == [1.0, 1.0, 0.0]
 
 
 def test_weights_span_what_they_span_now():

@@ -18,7 +18,8 @@ Recipe: recipes/quantize/min_max_resnet20_cifar10.yaml.
 
 Design choices: the range always contains 0, so that zero padding is exact. Weights use the symmetric range at every
 width (no -128), so that flipping their signs on export cannot overflow. A range narrower than 1e-8 is widened to that.
-In evaluation mode inputs keep the range they have; weights always span what they span now.
+In evaluation mode inputs keep the range they have; weights always span what they span now. A training batch is rounded
+in the range of those before it, which then follows it: so a compiled step reads the batch once, not twice.
 """
 
 from __future__ import annotations
@@ -75,6 +76,8 @@ class MinMax(Quantizer):
 
     minimum: Tensor
     maximum: Tensor
+    scale: Tensor
+    zero_point: Tensor
 
     def __init__(self, bits: int = 8, decay: float = 0.99) -> None:
         super().__init__()
@@ -82,27 +85,36 @@ class MinMax(Quantizer):
         self.bits, self.decay = bits, decay
         self.register_buffer("minimum", torch.zeros(()))
         self.register_buffer("maximum", torch.ones(()))
+        # Kept beside the range that they follow from: a compiled step then has two numbers to read, not to work out.
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("zero_point", torch.zeros(()))
+        self._settle()
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
         """Takes the range of `x` as it is."""
-        minimum, maximum = x.float().aminmax()
+        minimum, maximum = extremes(x.float())
         self.minimum.copy_(minimum)
         self.maximum.copy_(maximum)
+        self._settle()
 
     def forward(self, x: Tensor) -> Tensor:
+        scale, zero_point = self.scale.clone(), self.zero_point.clone()
         if self.training:
             minimum, maximum = extremes(x.detach())
             self.minimum.lerp_(minimum.float(), 1 - self.decay)
             self.maximum.lerp_(maximum.float(), 1 - self.decay)
-        grid = self.grid()
-        return straight_through(x, grid.scale, grid.zero_point, grid.low, grid.high)
+            self._settle()
+        return straight_through(x, scale, zero_point, *integer_range(self.bits, signed=False))
 
-    def grid(self) -> Grid:
+    def _settle(self) -> None:
         low, high = integer_range(self.bits, signed=False)
         minimum = self.minimum.clamp_max(0.0)
-        scale = ((self.maximum.clamp_min(0.0) - minimum) / high).clamp_min(SMALLEST_SCALE)
-        return Grid(scale, (-minimum / scale).round().clamp(low, high), low, high)
+        self.scale.copy_(((self.maximum.clamp_min(0.0) - minimum) / high).clamp_min(SMALLEST_SCALE))
+        self.zero_point.copy_((-minimum / self.scale).round().clamp(low, high))
+
+    def grid(self) -> Grid:
+        return Grid(self.scale.clone(), self.zero_point.clone(), *integer_range(self.bits, signed=False))
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, decay={self.decay}"

@@ -109,8 +109,8 @@ def initialize(model: nn.Module, inputs: Tensor) -> None:
     for module in new.values():
         module.observing = True
     model.train()(inputs)
-    for module, training in modes.items():
-        module.training = training
+    for part, training in modes.items():
+        part.training = training
     if asleep := [path for path, module in new.items() if module.observing]:
         raise UserError(
             f"the network did not use {asleep[0]} once it was quantized (it may hold the layer in a plain list);"
