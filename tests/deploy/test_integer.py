@@ -234,18 +234,31 @@ def test_the_trained_network_is_left_alone() -> None:
     assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
 
 
-@pytest.mark.parametrize(("weight", "given"), [(PerChannel, Ranged), (Odd, Interval)])
-def test_in_a_whole_network_codes_differ_in_ties_at_most(weight: type[Quantizer], given: type[Quantizer]) -> None:
+@pytest.mark.parametrize(("weight", "given", "equal"), [(PerChannel, Ranged, 1.0), (Odd, Interval, 0.97)])
+def test_streams_encode_as_trained_but_for_offsets_in_whole_accumulator_steps(
+    weight: type[Quantizer], given: type[Quantizer], equal: float
+) -> None:
     x = torch.randn(8, 3, 12, 12)
     network = quantize(shaken(Zoo()), x, weight, given, Ranged, STREAMS)
-    integer = lower(network, x)
-    inputs = record(network, QuantLayer, x)
+    integer, inputs = lower(network, x), record(network, QuantLayer, x)
     for path, layer in integer.named_modules():
         if isinstance(layer, IntegerLayer):
             trained = network.get_submodule(path).input_quantizer
-            codes = layer.stream.codes(inputs[path]).int() + layer.stream.lowest
-            assert torch.equal(codes, trained.codes(inputs[path]).int()), path
+            steps = layer.stream.codes(inputs[path]).int() + layer.stream.lowest - trained.codes(inputs[path]).int()
+            assert steps.abs().max() <= 1, path
+            assert (steps == 0).float().mean() >= equal, path
     assert (integer(x).argmax(1) == network(x).argmax(1)).float().mean() >= 7 / 8
+
+
+def test_an_offset_moves_by_half_an_accumulator_step_at_most() -> None:
+    x = torch.randn(8, 3, 12, 12)
+    integer = lower(quantize(shaken(Zoo()), x, Odd, Interval, Ranged), x)
+    step = integer.stem.stream.scale * integer.stem.scale
+    offset = integer.depth.stream.encoder_offset
+    assert offset.shape == (7, 1, 1)
+    assert ((offset.flatten() - 0.1).abs() <= 0.501 * step).all()
+    assert torch.allclose((offset.flatten() / step).round() * step, offset.flatten())
+    assert integer.stem.stream.encoder_offset.shape == ()  # nothing that could take it in comes before
 
 
 def record(network: nn.Module, kind: type[nn.Module], x: Tensor) -> dict[str, Tensor]:
