@@ -55,7 +55,7 @@ def restore(learner: nn.Module, optimizer: Optimizer, saved: dict[str, Any], fab
         learner.load_state_dict(saved["learner"])
         optimizer.load_state_dict(saved["optimizer"])
     except (RuntimeError, ValueError, KeyError) as error:
-        raise UserError(f"the checkpoint does not fit the recipe: {str(error).splitlines()[0]}") from error
+        raise UserError(f"the checkpoint does not fit the recipe: {' '.join(str(error).split())[:300]}") from error
     states = saved["random"]
     set_random_state(states[fabric.global_rank % len(states)])
     return Position(*saved["position"])
