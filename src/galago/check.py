@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.console import Console
-
 from galago import recipe
-from galago.console import say
+from galago.console import console, say
 from galago.train import check_fit
 from galago.trainer import Learner, prepare
 
@@ -21,7 +19,7 @@ def check(arguments: Sequence[str]) -> int:
     learner = Learner(made.model, made.task, made.methods, made.data.normalize)
     prepare(learner, made.data, None)
     for summary in filter(None, (method.summary() for method in learner.ideas)):
-        Console().print(summary)
+        console.print(summary)
     steps = len(made.data.train()) * made.epochs
     say(f"the recipe is sound: {made.epochs} epochs, {steps} batches of {made.data.batch_size}, into {config.run}")
     return 0

@@ -6,6 +6,7 @@ Results (tables, JSON) go to standard output, remarks to standard error.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -44,6 +45,8 @@ def _with_recipe(name: str, arguments: Sequence[str]) -> int:
     """train, ship and check take a recipe, and any value of it on the command line."""
     from galago import recipe
 
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # a recipe may name classes of the folder it is used in
     if any(option in ("-h", "--help") or option.startswith("--help=") for option in arguments) or not arguments:
         recipe.parser(name).parse_args(list(arguments) or ["--help"])
     if name == "train":

@@ -17,7 +17,8 @@ from galago.method import Method
 from galago.probe import Deployed, Probe, measure
 from galago.trainer import Learner
 
-console = Console(stderr=True, highlight=False)
+# Away from a terminal, in a log, lines need not fit a window.
+console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 140)
 
 
 class TrainingMonitor:

@@ -174,5 +174,5 @@ def advise(rows: Sequence[dict[str, Any]]) -> str:
     slower = [row for row in single if row["precision"] == "integer" and row["low"] is not None and row["high"] < 1]
     text = f"Fastest here for one image: {best['name']}, {best['median_ms']:.3g} ms."
     if slower:
-        text += " Slower than its float file: " + ", ".join(row["name"] for row in slower) + "."
+        text += " Slower than its float file: " + "; ".join(row["name"] for row in slower) + "."
     return text

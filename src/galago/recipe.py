@@ -148,7 +148,8 @@ def in_a_line(error: BaseException) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     keys = [line.split('"')[1] for line in lines if line.startswith("Parser key") and '"' in line]
     told = [line for line in lines if not line.startswith(("Parser key", "Problem with given class_path"))]
-    said = " ".join(told[:3]) or type(error).__name__
+    missing = [line for line in told if "No module named" in line or "has no attribute" in line]
+    said = " ".join((missing or told)[:3]) or type(error).__name__
     if len(said) > 400:
         said = said[:397] + "…"
     return f"{'.'.join(keys)}: {said}" if keys else said

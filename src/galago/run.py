@@ -196,6 +196,7 @@ def atomic(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield temporary
+        temporary.chmod(0o644)  # some writers keep theirs private; a run's folder is to be shared
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)

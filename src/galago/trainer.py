@@ -1,7 +1,6 @@
-"""The training loop, all of it.
+"""The training loop, all of it: `Learner` is everything that learns, `fit` trains it.
 
-`Learner` is everything that learns as one module; `fit` trains it, writes checkpoints, and continues from one where it
-exists, bit for bit as if it had never stopped.
+`fit` writes checkpoints and continues from one where it exists, bit for bit as if it had never stopped.
 """
 
 from __future__ import annotations
@@ -230,11 +229,10 @@ def train_epoch(
             if learner.average is not None:
                 learner.average.update_parameters(learner.model)
             position = position._replace(step=position.step + 1)
-        logged = steps_now and (position.step % plan.log_every == 0 or position.batch == total)
-        numbers = _heard(heard, optimizer) if logged else {}
-        if logged:
+        numbers: dict[str, float] = {}
+        if steps_now and (position.step % plan.log_every == 0 or position.batch == total):
+            numbers = _heard(heard, optimizer)
             _log_step(run, fabric, position, numbers)
-            heard.clear()
         monitor.stepped(position.epoch, position.batch, total, numbers)
         if (
             steps_now
@@ -248,10 +246,11 @@ def train_epoch(
 
 
 def _heard(heard: list[dict[str, Tensor]], optimizer: Optimizer) -> dict[str, float]:
-    """Mean losses since the last line, fetched from the device at once."""
+    """Mean losses since the last line, which are then forgotten."""
     means = {
         name: float(torch.stack([losses[name] for losses in heard if name in losses]).mean()) for name in heard[-1]
     }
+    heard.clear()
     return {"loss": sum(means.values()), **means, "learning_rate": optimizer.param_groups[0]["lr"]}
 
 

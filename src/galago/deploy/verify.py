@@ -10,7 +10,7 @@ streams are read out. Each asks two questions:
    bits): at least 99 % of a layer's codes must be equal, and at least 99.99 % within one step of the grid (design
    choices; typical files have 99.99 % equal and nothing beyond one step).
 2. *From image to decision*, each on its own: the same decision on at least 99.9 % of the images, and every metric of
-   the task within 0.1 point.
+   the task within 0.1 point; of fewer than 1,000 images, one may differ.
 
 The first layer that breaks its bound is named: on equal inputs it is the culprit, not a victim.
 """
@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from galago.console import console
 from galago.deploy import runtime
 from galago.deploy.integer import lower
 from galago.deploy.integer_layers import IntegerStream
@@ -95,8 +95,10 @@ class Counts:
         known = [(name, self.layers[name]) for name in order if name in self.layers]
         layers = [LayerParity(name, c[1] / c[0], c[2] / c[0], c[3]) for name, c in known]
         broken = [row.layer for row in layers if row.equal < EQUAL or row.within_one < WITHIN_ONE] + self.missing
+        one = 1 / len(target)  # of few images, one may differ: a smaller share cannot be told from none
+        agrees = 1 - agreement <= max(1 - AGREEMENT, one) and difference <= max(METRIC, one) + 1e-6
         return {
-            "passed": agreement >= AGREEMENT and difference <= METRIC and not broken,
+            "passed": agrees and not broken,
             "agreement": agreement,
             "metric_difference": difference,
             "metrics": metrics[1],
@@ -235,4 +237,4 @@ def show(outcome: dict[str, Any]) -> None:
             str(steps),
             verdict,
         )
-    Console(stderr=True).print(table)
+    console.print(table)

@@ -15,7 +15,7 @@ or a folder (`hf-hub:…`) is refused: it would run or fetch what a recipe's rea
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +50,7 @@ def timm_model(
         model = timm.create_model(name, pretrained=pretrained, num_classes=classes, in_chans=channels)
     except (OSError, RuntimeError, ValueError, TypeError) as error:
         raise _refused(name, pretrained, error) from error
-    network: nn.Module = load_weights(model, weights)
-    return network
+    return _noted(load_weights(model, weights), timm_model, name, classes, channels)
 
 
 def torchvision_model(
@@ -79,7 +78,14 @@ def torchvision_model(
             _copy_fitting(model, torchvision.models.get_model(name, weights="DEFAULT").state_dict())
     except (OSError, RuntimeError, ValueError, TypeError) as error:
         raise _refused(name, pretrained, error) from error
-    return load_weights(_with_channels(model, channels), weights)
+    return _noted(load_weights(_with_channels(model, channels), weights), torchvision_model, name, classes, channels)
+
+
+def _noted(model: nn.Module, maker: Callable[..., nn.Module], name: str, classes: int, channels: int) -> nn.Module:
+    """The model with a note of how it was made, so that a run can write it down (`galago.spec`)."""
+    arguments = {"name": name, "classes": classes, "channels": channels}
+    model.__dict__["built_from"] = {"class_path": f"{__name__}.{maker.__name__}", "init_args": arguments}
+    return model
 
 
 def _check(name: str, library: str, known: bool, names: Iterable[str]) -> None:

@@ -16,7 +16,7 @@ learned, one pair a tensor; the clip has slope 1 inside and on both ends. `delta
 When to use it: 1 to 4 bits, starting from a trained float network. It costs a few element-wise operations and two sums
 a tensor; nothing of delta survives training.
 
-Recipe: recipes/quantize/ewgs_resnet20_cifar10.yaml.
+Recipe: recipes/quantize/ewgs_w4a4_resnet20_cifar10.yaml.
 
 Chosen where the paper is silent: at 8 bits weights have 255 levels with a zero among them, so that codes fit a signed
 byte (the paper stops at 4 bits, its levels are the odd multiples of 1/N). The interval is kept wider than 1e-8. Ranges

@@ -12,7 +12,7 @@ whether to grow or to shrink, and values beyond the last level pull it outward.
 When to use it: the plain choice at 3 to 8 bits, for weights, inputs and residual streams alike, also behind activations
 with negative values. It costs a few element-wise operations and two sums a tensor.
 
-Recipe: recipes/quantize/lsq_resnet20_cifar10.yaml.
+Recipe: recipes/quantize/lsq_w4a4_resnet20_cifar10.yaml.
 
 Chosen where the paper is silent or the public codes differ: the inequalities are strict, as printed (the public codes
 let the bounds themselves through). `N` counts the features of one sample for inputs and the weights that share a step

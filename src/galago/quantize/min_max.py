@@ -14,7 +14,7 @@ When to use it: 8 bits, where it loses next to nothing. Below 6 bits single outl
 (`LSQ`, `EWGS`) are better. It costs a few element-wise operations and, while training, a minimum and a maximum a
 tensor.
 
-Recipe: recipes/quantize/min_max_resnet20_cifar10.yaml.
+Recipe: recipes/bccd/cells_resnet18.yaml.
 
 Design choices: the range always contains 0, so that zero padding is exact. Weights use the symmetric range at every
 width (no -128), so that flipping their signs on export cannot overflow. A range narrower than 1e-8 is widened to that.
@@ -61,9 +61,16 @@ class _StraightThrough(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, zero_point = (saved.detach() for saved in ctx.saved_tensors)
         codes = (x.to(torch.promote_types(x.dtype, scale.dtype)) / scale).round_().add_(zero_point)
-        # One pass that is zero on or beyond two numbers: codes are whole, so these are the first ones clipped.
-        kept = torch.ops.aten.hardtanh_backward(grads[0].to(codes.dtype), codes, ctx.low - 1, ctx.high + 1)
-        return kept.to(x.dtype), None, None, None, None
+        return unclipped(grads[0].to(codes.dtype), codes, ctx.low, ctx.high).to(x.dtype), None, None, None, None
+
+
+def unclipped(grad: Tensor, codes: Tensor, low: int, high: int) -> Tensor:
+    """`grad` where whole-numbered `codes` lie between `low` and `high`, 0 elsewhere."""
+    if torch.compiler.is_compiling():  # no comparison, whose result the compiler would store, slowly, as booleans
+        return grad * (1 - (codes - codes.clamp(low, high)).abs().clamp(max=1))
+    # One pass that is zero on or beyond two numbers: those next to the ends.
+    kept: Tensor = torch.ops.aten.hardtanh_backward(grad, codes, low - 1, high + 1)
+    return kept
 
 
 class MinMax(Quantizer):
