@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
+from rich.console import Console
+
 from galago import recipe
-from galago.console import console, say
+from galago.console import say
 from galago.train import check_fit
 from galago.trainer import Learner, prepare
 
@@ -19,7 +22,7 @@ def check(arguments: Sequence[str]) -> int:
     learner = Learner(made.model, made.task, made.methods, made.data.normalize)
     prepare(learner, made.data, None)
     for summary in filter(None, (method.summary() for method in learner.ideas)):
-        console.print(summary)
+        Console(width=None if sys.stdout.isatty() else 140).print(summary)
     steps = len(made.data.train()) * made.epochs
     say(f"the recipe is sound: {made.epochs} epochs, {steps} batches of {made.data.batch_size}, into {config.run}")
     return 0

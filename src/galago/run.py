@@ -174,7 +174,9 @@ def load(run: Path | str, allow: Sequence[str] = ()) -> nn.Module:
     try:
         model.load_state_dict(load_file(files.weights), assign=False)
     except (RuntimeError, SafetensorError, OSError) as error:
-        raise UserError(f"{files.weights} does not fit its architecture: {str(error).splitlines()[0]}") from error
+        raise UserError(
+            f"{files.weights} does not fit its architecture: {' '.join(str(error).split())[:300]}"
+        ) from error
     try:
         normalization = Normalize(record["mean"], record["std"])
     except (KeyError, TypeError, ValueError) as error:

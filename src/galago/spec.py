@@ -65,12 +65,12 @@ def _described(thing: Any) -> dict[str, Any]:
     arguments = {}
     for name, parameter in inspect.signature(kind).parameters.items():
         where_it_lives = name in ("device", "dtype")  # not part of what a layer is
-        if parameter.kind is parameter.VAR_POSITIONAL:
+        if parameter.kind is parameter.VAR_POSITIONAL and kind.__init__ is not nn.Module.__init__:
             raise UserError(
                 f"cannot write down a {kind.__qualname__}, which takes any number of arguments:"
                 " name a class or function of your own that makes it in a recipe's `model`"
             )
-        if where_it_lives or parameter.kind is parameter.VAR_KEYWORD:
+        if where_it_lives or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
         if not hasattr(thing, name):
             raise UserError(

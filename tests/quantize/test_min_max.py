@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -93,6 +95,20 @@ def test_the_range_may_move_before_the_backward_pass():
     assert quantizer.maximum == 9
     y.sum().backward()
     assert x.grad.tolist() == [1.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_the_backward_pass_uses_the_range_of_the_forward_pass(backend):
+    plain = over(-1.0, 1.0, bits=4, decay=0.5)
+    twin = copy.deepcopy(plain)
+    compiled = torch.compile(twin, backend=backend, fullgraph=True)
+    for _ in range(3):
+        x, g = 3 * torch.randn(200), torch.randn(200)
+        ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+        plain(ours).backward(g)
+        compiled(theirs).backward(g)
+        assert torch.equal(ours.grad, theirs.grad)
+        assert torch.equal(plain.scale, twin.scale)
 
 
 def test_weights_span_what_they_span_now():

@@ -97,6 +97,7 @@ def export(
     for key, value in (about or {}).items():
         model.metadata_props.add(key=key, value=value)
     path.parent.mkdir(parents=True, exist_ok=True)
+    del model.graph.value_info[:]  # shapes between the layers, which every engine works out for itself
     onnx.save(model, path)
     return path
 

@@ -73,6 +73,21 @@ def unclipped(grad: Tensor, codes: Tensor, low: int, high: int) -> Tensor:
     return kept
 
 
+@torch.library.custom_op("galago::held", mutates_args=())
+def held(number: Tensor) -> Tensor:
+    """A copy that stays what it is when the original changes, also for a compiled backward pass.
+
+    To the compiler (PyTorch 2.15) a `clone` is no more than its original, which it reads again in the backward pass,
+    after a later line of the forward pass has changed it. What an operator of its own gives is kept instead.
+    """
+    return number.clone()
+
+
+@held.register_fake
+def _(number: Tensor) -> Tensor:
+    return torch.empty_like(number)
+
+
 class MinMax(Quantizer):
     """A range that follows the batches, for what flows through a network: a layer's input, a residual stream.
 
@@ -106,7 +121,7 @@ class MinMax(Quantizer):
         self._settle()
 
     def forward(self, x: Tensor) -> Tensor:
-        scale, zero_point = self.scale.clone(), self.zero_point.clone()
+        scale, zero_point = held(self.scale), held(self.zero_point)
         if self.training:
             minimum, maximum = extremes(x.detach())
             self.minimum.lerp_(minimum.float(), 1 - self.decay)
