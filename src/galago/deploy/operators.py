@@ -53,15 +53,15 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, axis: in
         axis: None for a single scale.
 
     Returns:
-        Float32, shape of `codes`.
+        Of the type of `scale`, shape of `codes`.
     """
     # Subtracting integers first keeps 32-bit biases exact where float32 could not hold them.
     centered = codes.to(torch.int32)
     if zero_point is not None:
         centered = centered - along(zero_point, codes, axis).to(torch.int32)
-    return centered.float() * along(scale, codes, axis)
+    return centered.to(scale.dtype) * along(scale, codes, axis)
 
 
 @dequantize.register_fake
 def _(codes: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int | None) -> Tensor:
-    return torch.empty_like(codes, dtype=torch.float32)
+    return torch.empty_like(codes, dtype=scale.dtype)
