@@ -47,16 +47,17 @@ def label(model: ir.Model, streams: Sequence[str]) -> None:
 def name_codes(model: ir.Model) -> dict[str, str]:
     """Names the codes that DequantizeLinear nodes read; gives the value's name for each stream, shared or not."""
     seen: Counter[str] = Counter()
-    found: dict[str, str] = {}
+    own: dict[str, str] = {}
+    shared: dict[str, str] = {}
     for node in model.graph:
         codes = node.inputs[0] if node.op_type == "DequantizeLinear" else None
         if codes is None or codes.producer() is None:
             continue
         if not (codes.name or "").endswith(CODES):
             codes.name = unique(f"{node.metadata_props[MODULE]}{CODES}", seen)
-        for module in (node.metadata_props[MODULE], *(stream_of(reader) for reader in node.outputs[0].consumers())):
-            found.setdefault(module, str(codes.name))
-    return found
+        own.setdefault(node.metadata_props[MODULE], str(codes.name))
+        shared.update({stream_of(reader): str(codes.name) for reader in node.outputs[0].consumers()})
+    return shared | own  # a pooling's own stream, too, comes before what its reading of another would suggest
 
 
 def stream_of(reader: ir.Node) -> str:
