@@ -1,0 +1,48 @@
+"""Names in the file: each stream's codes are found under the stream's own name, also around a pooling."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from galago.deploy import onnx
+from galago.deploy.integer import lower
+from galago.deploy.runtime import OnnxRuntime
+from galago.deploy.verify import look_into_integer
+from galago.probe import Deployed
+from galago.quantize.min_max import MinMax, MinMaxWeight
+from galago.quantize.quantize import Quantize
+from galago.tasks.classify import Classify
+from samples import Stripes
+
+
+class Pooled(nn.Module):
+    """A convolution, a pooling and a fork behind it, as a ResNet begins."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.act, self.pool = nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)
+        self.body, self.end = nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(self.act(self.conv(x)))
+        scores: Tensor = self.head(self.end(x + self.body(x)).mean((2, 3)))
+        return scores
+
+
+def test_a_poolings_stream_is_what_it_gives_and_not_what_it_reads(tmp_path: Path) -> None:
+    data = Stripes()
+    net = Quantize(MinMaxWeight(), MinMax(), stream=MinMax()).prepare(Pooled(), data).eval()
+    deployed = Deployed(lower(net, data.normalize(data.example())), data.normalize, Classify(2)).eval()
+    path = onnx.export(deployed, data.example(), tmp_path / "model.onnx")
+    image = data.validation()[0].input
+    with torch.inference_mode():
+        _, expected = look_into_integer(deployed, image)
+    _, found = OnnxRuntime(path).look(image)
+    assert {"act.stream", "pool.stream"} <= expected.keys()
+    for name, codes in expected.items():
+        assert found[name].shape == codes.shape, name
+        assert (found[name].int() - codes.int()).abs().max() <= 1, name
