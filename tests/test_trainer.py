@@ -197,6 +197,18 @@ def test_clipping_bounds_the_step(tmp_path: Path):
     assert 0 < moved < 1e-5
 
 
+def test_losses_and_probes_are_logged_for_tensorboard_too(tmp_path: Path):
+    pytest.importorskip("tensorboard", reason="pip install 'galago[tensorboard]'")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trained(tmp_path, epochs=2, log_every=1, tensorboard=True)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    for part, name, kind in (("train", "loss", "step"), ("validation", "accuracy", "epoch")):
+        said = [event.value for event in events.Scalars(f"{part}/{name}")]
+        assert said == pytest.approx([line[name] for line in Run(tmp_path).history() if line["kind"] == kind])
+
+
 @pytest.mark.parametrize("options", [{"channels_last": True}, {"precision": "bf16-mixed"}])
 def test_layout_and_precision_train(tmp_path: Path, options):
     net = trained(tmp_path, epochs=1, **options)

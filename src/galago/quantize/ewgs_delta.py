@@ -15,8 +15,7 @@ When to use it: with `EWGS` and `EWGSWeight` at 1 to 3 bits, where it is worth a
 estimator. Cost: up to `draws` backward passes a quantizer and batch, so some 3,000 for ResNet-20, once in `every`
 epochs. List it behind `Quantize`; losses of methods listed behind this one count, of those before it do not.
 
-Recipe: recipes/quantize/ewgs_w4a4_resnet20_cifar10.yaml with this method listed behind `Quantize`; as it stands that
-recipe keeps a fixed delta, having fewer epochs than the paper's interval.
+Recipe: recipes/quantize/paper/ewgs_w2a2_resnet20_cifar10.yaml.
 
 Chosen where the paper is silent: draws stop once the running mean changes by less than a thousandth of its absolute
 value (the public code divides by the signed mean and so stops at once where it is negative). Delta is at most 2 N, so

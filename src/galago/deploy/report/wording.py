@@ -14,6 +14,7 @@ ENGINES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "torch": "PyTo
 FORMS = {"model": "trained model", "onnx": "ONNX file", "openvino": "OpenVINO file"}
 MADE_BY = {"onnxruntime": "onnx", "openvino": "openvino", "torch": "model"}  # which form an engine runs
 MISSING = "–"
+ZOOS = ("create_model", "get_model", "timm_model", "torchvision_model")  # functions that make a network from its name
 _UNIT = re.compile(r"(?<=\d) (?=(?:%|×|MB|kB|ms|dB|points|GB)(?!\w))")
 
 
