@@ -8,21 +8,22 @@ import pytest
 import torch
 from torch import nn
 
+from galago.quantize.daq import DAQ, DAQWeight
 from galago.quantize.ewgs import EWGS, EWGSWeight
 from galago.quantize.layer import QuantLayer
 from galago.quantize.lsq import LSQ, LSQWeight
 from galago.quantize.min_max import MinMax, MinMaxWeight
 from galago.testing import check_quantizer
 
-INPUTS = (LSQ, MinMax, EWGS)
-WEIGHTS = (LSQWeight, MinMaxWeight, EWGSWeight)
+INPUTS = (LSQ, MinMax, EWGS, DAQ)
+WEIGHTS = (LSQWeight, MinMaxWeight, EWGSWeight, DAQWeight)
 PAIRS = tuple(zip(WEIGHTS, INPUTS, strict=True))
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("kind", INPUTS)
 def test_input_quantizers_obey_the_laws(kind, bits):
-    check_quantizer(lambda: kind(bits), idempotent=kind is not EWGS)
+    check_quantizer(lambda: kind(bits), idempotent=kind not in (EWGS, DAQ))
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
