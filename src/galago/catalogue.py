@@ -14,6 +14,7 @@ from typing import NamedTuple
 KINDS = {
     "Method": "method",
     "Quantizer": "quantizer",
+    "GradientQuantizer": "quantizer of gradients",
     "Probe": "probe",
     "OutputProbe": "probe",
     "Task": "task",

@@ -9,14 +9,18 @@ import torch
 from torch import nn
 
 from galago.quantize.daq import DAQ, DAQWeight
+from galago.quantize.dorefa import DoReFa, DoReFaWeight
 from galago.quantize.ewgs import EWGS, EWGSWeight
 from galago.quantize.layer import QuantLayer
+from galago.quantize.lbt import LBT, LBTWeight
 from galago.quantize.lsq import LSQ, LSQWeight
+from galago.quantize.lsq_plus import LSQPlus, LSQPlusWeight
 from galago.quantize.min_max import MinMax, MinMaxWeight
+from galago.quantize.pact import PACT, SAWBWeight
 from galago.testing import check_quantizer
 
-INPUTS = (LSQ, MinMax, EWGS, DAQ)
-WEIGHTS = (LSQWeight, MinMaxWeight, EWGSWeight, DAQWeight)
+INPUTS = (LSQ, MinMax, EWGS, DAQ, LBT, LSQPlus, PACT, DoReFa)
+WEIGHTS = (LSQWeight, MinMaxWeight, EWGSWeight, DAQWeight, LBTWeight, LSQPlusWeight, SAWBWeight, DoReFaWeight)
 PAIRS = tuple(zip(WEIGHTS, INPUTS, strict=True))
 
 
@@ -29,7 +33,7 @@ def test_input_quantizers_obey_the_laws(kind, bits):
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("kind", WEIGHTS)
 def test_weight_quantizers_obey_the_laws(kind, bits):
-    check_quantizer(lambda: kind(bits), for_weights=True, idempotent=kind is LSQWeight)
+    check_quantizer(lambda: kind(bits), for_weights=True, idempotent=kind in (LSQWeight, LBTWeight))
 
 
 def test_one_step_for_all_channels_obeys_the_laws():
