@@ -15,14 +15,17 @@ from galago.distill.logits import DistillLogits
 from galago.laws.trial import TinyImages, Trial, classify, clone, exported, tiny_network
 from galago.method import Method
 from galago.quantize.ewgs import EWGS, EWGSWeight
+from galago.quantize.lbt import AdaptiveInterval
 from galago.quantize.min_max import MinMax
 from galago.quantize.quantize import Quantize
+from galago.quantize.quantize_gradient import QuantizeGradient
 from galago.trainer import finish
 
 # Methods that need arguments, and methods that need another before them. All others are found and made by themselves.
 GIVEN: dict[str, Callable[[], Method]] = {
     "DistillLogits": lambda: DistillLogits(tiny_network()),
     "Quantize": lambda: Quantize(EWGSWeight(4), EWGS(4), stream=MinMax(8)),
+    "QuantizeGradient": lambda: QuantizeGradient(AdaptiveInterval(4, alpha=0.3)),
 }
 BEFORE = {"EWGSDelta": "Quantize"}
 METHODS = {idea.name: idea.class_path for idea in ideas() if idea.kind == "method"}

@@ -34,7 +34,7 @@ BASES = {
     "quantize": {"blocks", "fold", "graph", "inventory", "layer", "placement", "plan", "quantizer", "settle"},
 }
 # The promise of every quantizer: what is quantized can be recognized anywhere.
-PROMISE = {"quantize.quantizer", "quantize.layer", "quantize.fold"}
+PROMISE = {"quantize.quantizer", "quantize.gradient_quantizer", "quantize.layer", "quantize.fold"}
 # These put ideas to use; they are no ideas, and no idea imports them.
 COMMANDS = {"cli", "commands", "measure", "ship"}
 # The user's own names, passed on as they are: losses of a step, attributes of an ONNX node.
