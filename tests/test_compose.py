@@ -27,7 +27,7 @@ GIVEN: dict[str, Callable[[], Method]] = {
     "Quantize": lambda: Quantize(EWGSWeight(4), EWGS(4), stream=MinMax(8)),
     "QuantizeGradient": lambda: QuantizeGradient(AdaptiveInterval(4, alpha=0.3)),
 }
-BEFORE = {"EWGSDelta": "Quantize"}
+BEFORE = {"EWGSDelta": "Quantize", "StatAssist": "Quantize"}
 METHODS = {idea.name: idea.class_path for idea in ideas() if idea.kind == "method"}
 PAIRS = sorted(permutations(METHODS, 2))
 

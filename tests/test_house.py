@@ -31,7 +31,7 @@ BASES = {
     "augment": {"mixing"},
     "datasets": {"augmentation", "download", "image_files", "images", "listing", "loading", "source"},
     "models": {"weights"},
-    "quantize": {"blocks", "fold", "graph", "inventory", "layer", "placement", "plan", "quantizer", "settle"},
+    "quantize": {"blocks", "fold", "graph", "inventory", "layer", "placement", "plan", "quantizer", "rest", "settle"},
 }
 # The promise of every quantizer: what is quantized can be recognized anywhere.
 PROMISE = {"quantize.quantizer", "quantize.gradient_quantizer", "quantize.layer", "quantize.fold"}
@@ -156,7 +156,7 @@ def public_functions(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef, l
 def test_public_signatures_name_every_argument(path: Path) -> None:
     for name, function, bases in public_functions(ast.parse(path.read_text())):
         private = name.rpartition(".")[2].startswith("_") and not name.endswith("__init__")
-        passes_on = name in NAMES_TO_PASS_ON or (name.endswith(".forward") and "Wrapper" in bases)
+        passes_on = name in NAMES_TO_PASS_ON or (name.endswith(".forward") and {"Wrapper", "Restable"} & {*bases})
         assert function.args.kwarg is None or private or passes_on, f"{name} takes **{function.args.kwarg.arg}"
 
 

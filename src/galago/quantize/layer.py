@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from galago.layers import Wrapper
 from galago.quantize.quantizer import OwnRates, Quantizer
+from galago.quantize.rest import Restable
 
 
-class QuantLayer(Wrapper):
+class QuantLayer(Restable):
     """A layer in whose place stands itself with quantized weights and inputs. Parameters stay the same objects.
 
     The bias is added inside, in float, and quantized only on export (to 32 bits).
@@ -33,6 +33,9 @@ class QuantLayer(Wrapper):
         self.output_scale = nn.Parameter(torch.ones(())) if normalized else None
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.resting is not None:
+            plain: Tensor = self.layer(x)
+            return plain
         if self.observing:
             self.observe(x)
         inputs = x if self.input_quantizer is None else self.input_quantizer(x)
@@ -73,7 +76,7 @@ class QuantLayer(Wrapper):
         return "" if self.output_scale is None else "learned output scale"
 
 
-class QuantOutput(Wrapper):
+class QuantOutput(Restable):
     """A module whose output is quantized: a residual stream, so that an engine may carry it as integers.
 
     Args:
@@ -88,6 +91,8 @@ class QuantOutput(Wrapper):
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         output: Tensor = self.layer(*args, **kwargs)
+        if self.resting is not None:
+            return output
         if self.observing:
             self.observing = False
             with torch.no_grad():
