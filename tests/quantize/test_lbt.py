@@ -171,6 +171,21 @@ def test_rounding_is_unbiased_inside_the_interval_and_clips_beyond_it():
     assert torch.equal(stochastically_rounded(far, bound, 3, noise_like(far)), far / 3)
 
 
+def test_noise_is_uniform_uncorrelated_new_each_time_and_of_the_processs_generator():
+    like = torch.empty(16, 128, 256)
+    torch.manual_seed(1)
+    first, second = noise_like(like), noise_like(like)
+    torch.manual_seed(1)
+    assert torch.equal(noise_like(like), first)
+    assert -0.5 <= first.min() < -0.499 < 0.499 < first.max() < 0.5
+    counts = torch.histc(first, 512, -0.5, 0.5)
+    assert 0.7 < ((counts - counts.mean()) ** 2 / counts.mean()).mean() < 1.3  # chi squared, a degree of freedom
+    pairs = [(first, second), *((first.roll(by), first) for by in (1, 2, 256, 128 * 256))]
+    for one, other in pairs:
+        assert abs(12 * (one * other).mean()) < 5 / like.numel() ** 0.5
+    assert noise_like(like.double()).dtype == torch.float64
+
+
 def test_clipping_before_the_noise_would_be_biased_and_is_not_what_happens():
     """Just below the bound the noise may push a value beyond it; only then is it clipped."""
     value = torch.full((1,), 0.9)
