@@ -11,9 +11,12 @@ from torch import Tensor, nn
 from galago.deploy.integer import lower
 from galago.deploy.verify import look_into_integer, look_into_trained
 from galago.probe import Deployed
+from galago.quantize.dorefa import DoReFa, DoReFaWeight
 from galago.quantize.ewgs import EWGS, EWGSWeight
 from galago.quantize.lsq import LSQ, LSQWeight
+from galago.quantize.lsq_plus import LSQPlus, LSQPlusWeight
 from galago.quantize.min_max import MinMax, MinMaxWeight
+from galago.quantize.pact import PACT, SAWBWeight
 from galago.quantize.quantize import Quantize
 from galago.quantize.settle import settle_biases, settled
 from galago.tasks.classify import Classify
@@ -23,6 +26,9 @@ PAIRS = {
     "LSQ": lambda bits: (LSQWeight(bits), LSQ(bits)),
     "EWGS": lambda bits: (EWGSWeight(bits), EWGS(bits)),
     "MinMax": lambda bits: (MinMaxWeight(bits), MinMax(bits)),
+    "LSQ+": lambda bits: (LSQPlusWeight(bits), LSQPlus(bits)),
+    "PACT": lambda bits: (SAWBWeight(bits), PACT(bits)),
+    "DoReFa": lambda bits: (DoReFaWeight(bits), DoReFa(bits)),
 }
 
 
