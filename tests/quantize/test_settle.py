@@ -13,6 +13,7 @@ from galago.deploy.verify import look_into_integer, look_into_trained
 from galago.probe import Deployed
 from galago.quantize.dorefa import DoReFa, DoReFaWeight
 from galago.quantize.ewgs import EWGS, EWGSWeight
+from galago.quantize.lbt import LBT, LBTWeight
 from galago.quantize.lsq import LSQ, LSQWeight
 from galago.quantize.lsq_plus import LSQPlus, LSQPlusWeight
 from galago.quantize.min_max import MinMax, MinMaxWeight
@@ -25,6 +26,7 @@ from samples import SmallNet, Stripes
 PAIRS = {
     "LSQ": lambda bits: (LSQWeight(bits), LSQ(bits)),
     "EWGS": lambda bits: (EWGSWeight(bits), EWGS(bits)),
+    "LBT": lambda bits: (LBTWeight(bits), LBT(bits)),
     "MinMax": lambda bits: (MinMaxWeight(bits), MinMax(bits)),
     "LSQ+": lambda bits: (LSQPlusWeight(bits), LSQPlus(bits)),
     "PACT": lambda bits: (SAWBWeight(bits), PACT(bits)),

@@ -26,8 +26,9 @@ Recipe: recipes/quantize/lbt_w4a4g4_resnet20_cifar10.yaml (recipes/quantize/pape
 Chosen where the paper is silent, or differently from the public code: gamma starts, as in the public code, by narrowing
 from 1 until a slow average of R passes the condition, but in a side trip on the first batch, after which that batch is
 trained on. The public code's weight scale may change its sign and negate the layer; here the bound's absolute value
-counts on both sides. Bounds learn at `learning_rate_factor` times the weights' rate (paper: Adam at 1e-5 for them, SGD
-at 0.1 for weights) and do not decay. Gradients all zero or not finite leave gamma alone.
+counts on both sides. There is one optimizer here (paper: Adam at 1e-5 for bounds, SGD at 0.1 for weights): at a
+thousandth of an SGD's 0.1, bounds move about as far in a step as by Adam at 1e-5. They do not decay. Gradients that are
+all zero, or not finite, leave gamma alone.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ class LBT(Quantizer):
         learning_rate_factor: of the bound's learning rate, against the weights'.
     """
 
-    def __init__(self, bits: int = 4, signed: bool | None = None, learning_rate_factor: float = 1e-4) -> None:
+    def __init__(self, bits: int = 4, signed: bool | None = None, learning_rate_factor: float = 1e-3) -> None:
         super().__init__()
         _check(bits, lowest=2 if signed else 1)
         self.bits, self.signed, self.learning_rate_factor = bits, signed, learning_rate_factor
@@ -143,7 +144,7 @@ class LBTWeight(LBT):
         learning_rate_factor: of the bound's learning rate, against the weights'.
     """
 
-    def __init__(self, bits: int = 4, learning_rate_factor: float = 1e-4) -> None:
+    def __init__(self, bits: int = 4, learning_rate_factor: float = 1e-3) -> None:
         super().__init__(bits, signed=True, learning_rate_factor=learning_rate_factor)
 
 

@@ -188,5 +188,5 @@ def row(path: str, layer: nn.Module, chosen: GradientQuantizer | None, values: i
     if chosen is None:
         return Placed(path, kind, "float", values, "float: first or last layer (edge_bits)")
     few = 0 < chosen.target * values < 1
-    note = "small: less than one value a batch is to be clipped, the interval stays near its widest" if few else ""
+    note = "small: less than one value a batch to be clipped, gamma stays near 1" if few else ""
     return Placed(path, kind, f"{type(chosen).__name__} {chosen.bits}", values, note)
