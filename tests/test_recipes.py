@@ -14,6 +14,8 @@ from PIL import Image
 from conftest import ROOT
 from galago import recipe
 from galago.catalogue import ideas
+from galago.data import Normalize
+from galago.datasets.digits import Digits
 from galago.models.tiny import Tiny
 from galago.probe import device_of
 from galago.run import Run
@@ -73,23 +75,27 @@ def shrunk(content: dict[str, Any], folder: Path) -> dict[str, Any]:
     return content | {"epochs": 1, "compile": False, "run": str(folder / "run"), "needs": []}
 
 
-def without_teachers(content: Any, folder: Path) -> Any:
-    """Finished runs that a recipe names, replaced by a run of an untrained network with as many classes."""
+def without_teachers(content: Any, folder: Path, normalize: Normalize) -> Any:
+    """Finished runs that a recipe names, replaced by a run of an untrained network for the same images."""
     if isinstance(content, dict) and content.get("class_path") == "galago.run.load":
         run = Run(folder / "teacher")
         run.folder.mkdir(exist_ok=True)
-        from galago.datasets.digits import Digits
-
-        run.save_model(Tiny(width=4), Digits().normalize)
+        run.save_model(Tiny(channels=normalize.mean.numel(), width=4), normalize)
         return {"class_path": "galago.run.load", "init_args": {"run": str(run.folder)}}
     if isinstance(content, dict):
-        return {key: without_teachers(value, folder) for key, value in content.items()}
-    return [without_teachers(value, folder) for value in content] if isinstance(content, list) else content
+        return {key: without_teachers(value, folder, normalize) for key, value in content.items()}
+    return [without_teachers(value, folder, normalize) for value in content] if isinstance(content, list) else content
+
+
+def normalization_of(data: dict[str, Any]) -> Normalize:
+    given = data["init_args"]
+    return Normalize(given["mean"], given["std"]) if "mean" in given else Digits().normalize
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=NAMES)
 def test_every_recipe_trains_two_steps(path: Path, tmp_path: Path):
-    content = without_teachers(shrunk(yaml.safe_load(path.read_text()), tmp_path), tmp_path)
+    content = shrunk(yaml.safe_load(path.read_text()), tmp_path)
+    content = without_teachers(content, tmp_path, normalization_of(content["data"]))
     small = tmp_path / "recipe.yaml"
     small.write_text(yaml.safe_dump(content))
     model = recipe.train_recipe(["--config", str(small)])
