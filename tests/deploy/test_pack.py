@@ -76,18 +76,17 @@ def test_a_packed_file_says_what_the_unpacked_one_says(bits: int, gains: bool, t
     assert sum(made.kind == "QLinearConv" for made in packed.operations()) == 2
     weights = sum(layer.codes.numel() for layer in integer_layers(integer).values())
     saved = (tmp_path / "plain.onnx").stat().st_size - (tmp_path / "packed.onnx").stat().st_size
-    assert abs(saved - weights * (8 - bits) / 8) <= 7000 * (bits < 8)  # nodes and names, whatever the size
+    assert abs(saved - weights * (8 - bits) / 8) <= 3000 * (bits < 8)  # nodes and names, whatever the size
 
 
 def test_levels_and_their_rule_give_the_codes_back() -> None:
     whole = lowered(deployed(network(lambda: PerChannel(4), gains=True)), images(1, 8))
     for layer in integer_layers(whole).values():
-        levels = levels_of(layer)
-        shape = [-1] + [1] * (levels.ndim - 1)
+        levels, step, base = levels_of(layer)
         assert levels.min() >= 0
         assert levels.max() <= 15
-        codes = levels * layer.step.numpy().reshape(shape) + layer.base.numpy().reshape(shape)
-        assert np.array_equal(codes, layer.codes.numpy())
+        assert step.min() >= 0, "a flipped channel counts from the other end"
+        assert np.array_equal(levels * step + base, layer.codes.numpy())
 
 
 def test_the_given_model_is_left_alone_and_the_packed_one_is_sound() -> None:
@@ -97,4 +96,7 @@ def test_the_given_model_is_left_alone_and_the_packed_one_is_sound() -> None:
     packed = pack(model, integer_layers(whole))
     assert model.SerializeToString() == before
     onnx.checker.check_model(packed, full_check=True)
-    assert {node.domain for node in packed.graph.node} == {""}
+    assert {node.domain for function in packed.functions for node in function.node} == {""}
+    assert (
+        {node.op_type for node in packed.graph.node if node.domain} == {f.name for f in packed.functions} == {"Unpack2"}
+    )

@@ -1,9 +1,9 @@
 """Names in an exported graph: which layer each operation belongs to, and where each stream's codes can be read.
 
-Nodes are called `<module path>/<operator>` and carry the path as `galago.module`; codes are the value
-`<module path>/codes`. Layers that encode the same tensor in the same way share one value: `galago.streams`, in the
-model's metadata, gives the value of every stream. What the exporter noted of the machine (source paths, stack traces)
-is removed.
+Nodes are called `<module path>/<operator>`; a stream's codes are the value `<module path>/codes`. Layers that encode
+the same tensor in the same way share one value: `galago.streams`, in the model's metadata, gives the value of every
+stream whose codes go by another's name. What the exporter noted of the machine (source paths, stack traces) is removed,
+and so is what says no more than the standard does, for a small network's file is mostly its graph.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 
+import onnx
 import onnx_ir as ir
 
-MODULE, STREAMS = "galago.module", "galago.streams"
+STREAMS = "galago.streams"
 CODES = "/codes"
 
 
@@ -31,17 +32,39 @@ def label(model: ir.Model, streams: Sequence[str]) -> None:
         module = module_of(node)
         node.name = unique(f"{module}/{node.op_type}", seen)
         node.metadata_props.clear()
-        node.metadata_props[MODULE] = module
         node.doc_string = None
+        drop_defaults(node)
     values = name_codes(model)
     for value in (*model.graph.initializers.values(), *(out for node in model.graph for out in node.outputs)):
         value.metadata_props.clear()
     for value in list(model.graph.initializers.values()):
         value.name = (value.name or "").removeprefix("deployed.network.")
     model.metadata_props.clear()
-    found = {path: values[path] for path in streams if path in values}
-    if found:
-        model.metadata_props[STREAMS] = json.dumps(found)
+    model.graph.metadata_props.clear()
+    model.metadata_props[STREAMS] = json.dumps(
+        {path: values[path] for path in streams if values.get(path, path + CODES) != path + CODES}
+    )
+
+
+def drop_defaults(node: ir.Node) -> None:
+    """Removes attributes that have the value which the standard gives them anyway."""
+    if node.domain:
+        return
+    defined = onnx.defs.get_schema(node.op_type, node.graph.opset_imports[""]).attributes if node.graph else {}
+    for name, attribute in list(node.attributes.items()):
+        usual = defined[name].default_value if name in defined else None
+        if usual and usual.type == attribute.type.value and onnx.helper.get_attribute_value(usual) == plain(attribute):
+            del node.attributes[name]
+
+
+def plain(attribute: ir.Attr) -> object:
+    """An attribute's value as `onnx.helper` gives it, text as bytes."""
+    return attribute.value.encode() if isinstance(attribute.value, str) else attribute.value
+
+
+def place(node: ir.Node) -> str:
+    """The module path in a node's name."""
+    return (node.name or "").rpartition("/")[0]
 
 
 def name_codes(model: ir.Model) -> dict[str, str]:
@@ -54,15 +77,15 @@ def name_codes(model: ir.Model) -> dict[str, str]:
         if codes is None or codes.producer() is None:
             continue
         if not (codes.name or "").endswith(CODES):
-            codes.name = unique(f"{node.metadata_props[MODULE]}{CODES}", seen)
-        own.setdefault(node.metadata_props[MODULE], str(codes.name))
+            codes.name = unique(f"{place(node)}{CODES}", seen)
+        own.setdefault(place(node), str(codes.name))
         shared.update({stream_of(reader): str(codes.name) for reader in node.outputs[0].consumers()})
     return shared | own  # a pooling's own stream, too, comes before what its reading of another would suggest
 
 
 def stream_of(reader: ir.Node) -> str:
     """The path that the input stream of a layer has, from the path of the layer itself inside its wrapper."""
-    path = reader.metadata_props[MODULE]
+    path = place(reader)
     return "stream" if path == "layer" else f"{path.removesuffix('.layer')}.stream"
 
 

@@ -9,9 +9,9 @@ what engines recognize and run as integers:
     int32 codes -> DequantizeLinear (scale s_x s_c)                                           biases
 
 Background: ONNX operator specification, QuantizeLinear and DequantizeLinear, opset 21. Every node knows its layer:
-it is called `<module path>/<operator>` and carries the path in its metadata as `galago.module`; the codes that a
-layer's stream gives are the value `<module path>/codes`. Nothing of the machine that wrote the file (source paths,
-stack traces) goes into it. A network without quantizers exports as well: that is the float file to compare with.
+it is called `<module path>/<operator>`; the codes that a layer's stream gives are the value `<module path>/codes`.
+Nothing of the machine that wrote the file (source paths, stack traces) goes into it. A network without quantizers
+exports as well: that is the float file to compare with.
 
 >>> from galago.data import Normalize
 >>> from galago.tasks.classify import Classify

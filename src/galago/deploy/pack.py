@@ -1,16 +1,16 @@
 """Weights stored in as many bits as they have, and unpacked by standard operators when a session is made.
 
 A 4-bit weight in an int8 tensor wastes half the file. Here its levels k in 0 … 2^b - 1 lie densely in bytes, first in
-the lowest bits (the order of ONNX's own 4- and 2-bit types), and the graph says how they become int8 codes:
+the lowest bits (the order of ONNX's own 4- and 2-bit types), and a function in the file says how they become codes:
 
-    bytes -> BitShift(right, 0, b, 2b, …) -> BitwiseAnd(2^b - 1) -> Cast(int32) -> Reshape -> Mul(step) -> Add(base)
-          -> Cast(int8) -> DequantizeLinear
+    bytes -> BitShift(right, 0, b, 2b, …) -> BitwiseAnd(2^b - 1) -> Reshape -> Slice -> Mul(step) -> Add(base) -> int8
 
-All of it is constant, so ONNX Runtime computes it once, when the session is made, and runs the same kernels at the same
-speed as from int8. `step` and `base` (a number, or one per output channel) make grids without a zero (odd codes),
-channels whose signs a BatchNorm flipped, and codes widened for a finer bias out of the same levels. 3 bits are stored
-as 2 + 1, 5 as 4 + 1, 6 as 4 + 2, 7 as 4 + 2 + 1: the file is proportional to the bits. OpenVINO does not fold this
-form (measured: 12 times slower), so its own file is written from plain int8 (`galago.deploy.openvino`).
+It is written down once for each width, in standard operators. All of its inputs are constant, so ONNX Runtime computes
+it once, when the session is made, and runs the same kernels at the same speed as from int8. `step` and `base` (a
+number, or one per output channel) make grids without a zero (odd codes) and codes widened for a finer bias out of the
+same levels; where a BatchNorm flipped a channel's signs, its levels count from the other end. 3 bits are stored as
+2 + 1, 5 as 4 + 1, 6 as 4 + 2, 7 as 4 + 2 + 1: the file is proportional to the bits. OpenVINO does not fold this form
+(measured: 12 times slower), so its own file is written from plain int8 (`galago.deploy.openvino`).
 
 Design choice: standard operators rather than ONNX's INT2 and INT4 tensors, which engines do not all read.
 """
@@ -18,7 +18,6 @@ Design choice: standard operators rather than ONNX's INT2 and INT4 tensors, whic
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import onnx
@@ -27,7 +26,8 @@ from onnx import helper, numpy_helper
 
 from galago.deploy.integer_layers import IntegerLayer
 
-BITS = "galago.bits"
+DOMAIN = "galago"  # of the functions in the file
+OPSET = 21
 
 
 def pack_bits(levels: NDArray[np.integer], bits: int) -> NDArray[np.uint8]:
@@ -74,92 +74,99 @@ def pack(model: onnx.ModelProto, layers: Mapping[str, IntegerLayer]) -> onnx.Mod
     packed.CopyFrom(model)
     weights = {tensor.name: tensor for tensor in packed.graph.initializer}
     nodes: list[onnx.NodeProto] = []
+    functions: dict[int, onnx.FunctionProto] = {}
     for path, layer in layers.items():
         name = f"{path}.codes" if path else "codes"
         if layer.bits < 8 and name in weights:
-            packer = Packer(name, layer)
-            nodes += packer.nodes
+            constants = stored(name, layer)
+            unpack = called(layer.bits)
+            nodes.append(helper.make_node(unpack, [*constants], [name], f"{path}/{unpack}", domain=DOMAIN))
+            functions[layer.bits] = unpacker(layer.bits)
             packed.graph.initializer.remove(weights[name])
-            store(packed.graph, packer.constants)
+            store(packed.graph, constants)
     kept = list(packed.graph.node)
     del packed.graph.node[:]
     packed.graph.node.extend([*nodes, *kept])
+    packed.functions.extend(functions.values())
+    if functions:
+        packed.opset_import.append(helper.make_opsetid(DOMAIN, 1))
     return packed
 
 
-class Packer:
-    """One weight, packed.
+def stored(name: str, layer: IntegerLayer) -> dict[str, NDArray[np.generic]]:
+    """What a weight is kept as, by name, in the order that its function takes: bytes of each part, shape, step, base.
 
-    Args:
-        name: what the int8 codes are called.
-        layer: whose weight it is.
-
-    Attributes:
-        constants: new initializers by name; those that several weights may share have common names.
-        nodes: what computes the codes from them, in order.
+    Constants that several weights may share have common names.
     """
-
-    def __init__(self, name: str, layer: IntegerLayer) -> None:
-        self.name, self.constants = name, dict[str, NDArray[np.generic]]()
-        self.nodes: list[onnx.NodeProto] = []
-        levels = levels_of(layer)
-        flat = self.sum_of_parts(levels, layer.bits)
-        shaped = self.add("Reshape", flat, self.constant(f"shape_{'x'.join(map(str, levels.shape))}", levels.shape))
-        scaled = self.add("Mul", shaped, self.per_channel("step", layer.step.numpy(), levels.ndim, layer.axis))
-        moved = self.add("Add", scaled, self.per_channel("base", layer.base.numpy(), levels.ndim, layer.axis))
-        self.nodes.append(helper.make_node("Cast", [moved], [name], f"{name}/Unpacked", to=onnx.TensorProto.INT8))
-        for node in self.nodes:
-            node.metadata_props.add(key=BITS, value=str(layer.bits))
-
-    def sum_of_parts(self, levels: NDArray[np.integer], bits: int) -> str:
-        """Unpacks each part of a width and puts them together, flat, int32."""
-        total = ""
-        for width, place in parts(bits):
-            part = self.unpacked(levels >> place, width)
-            if place:
-                part = self.add("Mul", part, self.constant(f"int_{2**place}", np.int32(2**place)))
-            total = self.add("Add", total, part) if total else part
-        return total
-
-    def unpacked(self, levels: NDArray[np.integer], width: int) -> str:
-        """One part: stored in bytes, taken apart by shifts."""
-        stored = self.constant(f"{self.name}.{width}bit", pack_bits(levels, width)[:, None])
-        shifts = self.constant(f"shifts_{width}", np.arange(0, 8, width, dtype=np.uint8))
-        mask = self.constant(f"mask_{width}", np.uint8(2**width - 1))
-        found = self.add("BitwiseAnd", self.add("BitShift", stored, shifts, direction="RIGHT"), mask)
-        flat = self.add("Reshape", self.add("Cast", found, to=onnx.TensorProto.INT32), self.constant("flat", [-1]))
-        if levels.size % (8 // width) == 0:
-            return flat
-        return self.add(
-            "Slice", flat, self.constant("start", [0]), self.constant(f"count_{levels.size}", [levels.size])
-        )
-
-    def per_channel(self, kind: str, values: NDArray[np.int32], dimensions: int, axis: int) -> str:
-        """A number for all channels where one is enough, or one for each."""
-        if (values == values[0]).all():
-            return self.constant(f"int_{values[0]}", np.int32(values[0]))
-        shape = [-1 if dimension == axis else 1 for dimension in range(dimensions)]
-        return self.constant(f"{self.name}.{kind}", values.reshape(shape))
-
-    def constant(self, name: str, value: object) -> str:
-        """Makes a constant and gives its name; numbers without a type are int64, as shapes are."""
-        self.constants[name] = np.asarray(value)
-        return name
-
-    def add(self, operation: str, *inputs: str, **attributes: Any) -> str:
-        """Adds an operation and gives the name of its output."""
-        output = f"{self.name}/{len(self.nodes)}"
-        self.nodes.append(helper.make_node(operation, inputs, [output], output, **attributes))
-        return output
+    levels, step, base = levels_of(layer)
+    constants: dict[str, NDArray[np.generic]] = {
+        f"{name}.{width}bit": pack_bits(levels >> place, width)[:, None] for width, place in parts(layer.bits)
+    }
+    constants["x".join(map(str, levels.shape))] = np.array(levels.shape)
+    for kind, values in (("step", step), ("base", base)):
+        same = (values == values.flat[0]).all()
+        narrow = values.flat[0] if same else values.astype(np.int16)
+        constants[f"int_{values.flat[0]}" if same else f"{name}.{kind}"] = np.asarray(narrow, np.int16)
+    return constants
 
 
-def levels_of(layer: IntegerLayer) -> NDArray[np.integer]:
-    """k in 0 … 2^bits - 1 with `codes = step * k + base`; 0 where a dead channel has no step."""
+def called(bits: int) -> str:
+    """The name of a width's function."""
+    return f"Unpack{bits}"
+
+
+def unpacker(bits: int) -> onnx.FunctionProto:
+    """From bytes, shape, step and base to int8 codes, as a function in standard operators.
+
+    >>> unpacker(3).name, list(unpacker(3).input)
+    ('Unpack3', ['bytes2', 'bytes1', 'shape', 'step', 'base'])
+    """
+    total, lines = "", []
+    for width, place in parts(bits):
+        shifts = ", ".join(map(str, range(0, 8, width)))
+        lines += [
+            f"shifts{width} = Constant <value = uint8[{8 // width}] {{{shifts}}}> ()",
+            f"mask{width} = Constant <value = uint8 {{{2**width - 1}}}> ()",
+            f'shifted{width} = BitShift <direction = "RIGHT"> (bytes{width}, shifts{width})',
+            f"kept{width} = BitwiseAnd (shifted{width}, mask{width})",
+            f"part{width} = Cast <to = {onnx.TensorProto.INT32}> (kept{width})",
+            f"worth{width} = Constant <value = int32 {{{2**place}}}> ()",
+            f"placed{width} = Mul (part{width}, worth{width})",
+            f"flat{width} = Reshape (placed{width}, flat)",  # cut to one length each: what fills up a byte differs
+            f"cut{width} = Slice (flat{width}, start, count)",
+        ]
+        if total:
+            lines.append(f"sum{width} = Add ({total}, cut{width})")
+        total = f"sum{width}" if total else f"cut{width}"
+    inputs = ", ".join([*(f"bytes{width}" for width, _ in parts(bits)), "shape", "step", "base"])
+    body = "\n".join(
+        [
+            "flat = Constant <value = int64[1] {-1}> ()",
+            "start = Constant <value = int64[1] {0}> ()",
+            "count = ReduceProd <keepdims = 1> (shape)",
+            *lines,
+            f"levels = Reshape ({total}, shape)",
+            f"wide_step = Cast <to = {onnx.TensorProto.INT32}> (step)",
+            f"wide_base = Cast <to = {onnx.TensorProto.INT32}> (base)",
+            "scaled = Mul (levels, wide_step)",
+            "moved = Add (scaled, wide_base)",
+            f"codes = Cast <to = {onnx.TensorProto.INT8}> (moved)",
+        ]
+    )
+    head = f'<domain: "{DOMAIN}", opset_import: ["": {OPSET}]>\n{called(bits)} ({inputs}) => (codes)'
+    return onnx.parser.parse_function(f"{head} {{\n{body}\n}}")
+
+
+def levels_of(layer: IntegerLayer) -> tuple[NDArray[np.integer], NDArray[np.integer], NDArray[np.integer]]:
+    """k in 0 … 2^bits - 1, step and base with `codes = step * k + base`; the latter two broadcast, and no step is
+    negative. k is 0 where a dead channel has no step.
+    """
     codes = layer.codes.numpy().astype(np.int64)
     shape = [-1 if dimension == layer.axis else 1 for dimension in range(codes.ndim)]
     step, base = (values.numpy().astype(np.int64).reshape(shape) for values in (layer.step, layer.base))
-    levels: NDArray[np.integer] = (codes - base) // np.where(step == 0, 1, step) * (step != 0)
-    return levels
+    base = np.where(step < 0, base + step * (2**layer.bits - 1), base)
+    step = abs(step)
+    return (codes - base) // np.where(step == 0, 1, step) * (step != 0), step, base
 
 
 def store(graph: onnx.GraphProto, constants: Mapping[str, NDArray[np.generic]]) -> None:

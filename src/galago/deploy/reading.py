@@ -1,7 +1,7 @@
 """Reading model files that may come from a stranger, and putting engines' complaints into a line.
 
-A file is data. Before an engine sees it, it is refused if it asks for operators outside the standard, which would need
-somebody's library, or for weights stored outside its own folder.
+A file is data. Before an engine sees it, it is refused if it asks for operators that are neither standard nor defined
+in the file out of such ones, as these would need somebody's library, or for weights stored outside its own folder.
 """
 
 from __future__ import annotations
@@ -47,17 +47,18 @@ def check_onnx(path: Path) -> None:
         model = onnx.load(path, load_external_data=False)
     except Exception as error:
         raise UserError(f"{path}: not an ONNX file, or a damaged one; export it again") from error
-    for node in (*nodes_of(model.graph), *(node for function in model.functions for node in function.node)):
-        if node.domain not in STANDARD:
+    own = {(function.domain, function.name) for function in model.functions}  # defined in the file
+    for node in (node for part in (model.graph, *model.functions) for node in nodes_of(part)):
+        if node.domain not in STANDARD and (node.domain, node.op_type) not in own:
             raise UserError(f"{path}: refused: {node.op_type} of {node.domain!r} is not a standard operator")
     folder = path.parent.resolve()
-    for tensor in tensors_of(model.graph):
+    for tensor in (tensor for part in (model.graph, *model.functions) for tensor in tensors_of(part)):
         for entry in tensor.external_data:
             if entry.key == "location" and not (folder / entry.value).resolve().is_relative_to(folder):
                 raise UserError(f"{path}: refused: weights of {tensor.name} lie outside its folder, at {entry.value}")
 
 
-def nodes_of(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+def nodes_of(graph: onnx.GraphProto | onnx.FunctionProto) -> Iterator[onnx.NodeProto]:
     """Every node, also of the graphs inside of branches and loops."""
     for node in graph.node:
         yield node
@@ -66,11 +67,12 @@ def nodes_of(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
                 yield from nodes_of(inner)
 
 
-def tensors_of(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+def tensors_of(graph: onnx.GraphProto | onnx.FunctionProto) -> Iterator[onnx.TensorProto]:
     """Every stored tensor."""
-    yield from graph.initializer
-    for sparse in graph.sparse_initializer:
-        yield from (sparse.values, sparse.indices)
+    if isinstance(graph, onnx.GraphProto):
+        yield from graph.initializer
+        for sparse in graph.sparse_initializer:
+            yield from (sparse.values, sparse.indices)
     for node in graph.node:
         for attribute in node.attribute:
             yield from (attribute.t, *attribute.tensors)

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from galago.deploy.label import STREAMS
+from galago.deploy.label import CODES, STREAMS
 from galago.deploy.reading import DECODED, IMAGE, OUTPUT, Interface, as_type, check, check_interface, first_line
 from galago.errors import UserError
 
@@ -247,7 +247,7 @@ def load(path: Path, threads: int | None = None) -> Artifact:
 
 
 def values_of_streams(path: Path, noted: str, known: set[str]) -> dict[str, str]:
-    """Which value of the graph holds each stream's codes, as noted in the file.
+    """Which value of the graph holds each stream's codes: the one with its name, or another that the file notes.
 
     Raises:
         UserError: the note is damaged.
@@ -255,7 +255,7 @@ def values_of_streams(path: Path, noted: str, known: set[str]) -> dict[str, str]
     try:
         found = json.loads(noted)
         if known.issuperset(found.values()):
-            return dict(found)
+            return {name.removesuffix(CODES): name for name in known if name.endswith(CODES)} | dict(found)
     except (ValueError, AttributeError, TypeError):
         pass
     raise UserError(f"{path}: its list of integer streams is damaged; export it again")
