@@ -121,13 +121,16 @@ class MinMax(Quantizer):
         self._settle()
 
     def forward(self, x: Tensor) -> Tensor:
+        # Rounding stands before the search for the range: the compiler does not compute again, in the backward pass,
+        # what comes behind such a search, and would store masks instead.
         scale, zero_point = held(self.scale), held(self.zero_point)
+        rounded = straight_through(x, scale, zero_point, *integer_range(self.bits, signed=False))
         if self.training:
             minimum, maximum = extremes(x.detach())
             self.minimum.lerp_(minimum.float(), 1 - self.decay)
             self.maximum.lerp_(maximum.float(), 1 - self.decay)
             self._settle()
-        return straight_through(x, scale, zero_point, *integer_range(self.bits, signed=False))
+        return rounded
 
     def _settle(self) -> None:
         low, high = integer_range(self.bits, signed=False)
