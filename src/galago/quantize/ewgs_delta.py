@@ -153,6 +153,8 @@ class EWGSDelta(Method):
         with undisturbed(modules, device_of(inner.model)), captured(inner.model) as outputs:
             loss = inner(batch).loss
             places = [(path, output) for path, given in outputs.items() for output in given]
+            if not places:  # the layers rest
+                return
             found = curvatures(loss, [output for _, output in places], self.draws, self.tolerance)
         spans = {path: quantizer.span for path, quantizer in scaled_quantizers(inner.model).items()}
         for (path, _), curvature in zip(places, found, strict=True):
