@@ -39,7 +39,17 @@ from torch import Tensor, nn
 
 from galago.errors import UserError
 from galago.quantize.blocks import in_blocks, inner_product
-from galago.quantize.quantizer import Affine, Grid, OwnRates, Quantizer
+from galago.quantize.quantizer import (
+    Affine,
+    Grid,
+    OwnRates,
+    Quantizer,
+    check_bits,
+    codes_around_zero,
+    grid_around_zero,
+    largest_around_zero,
+    steps_around_zero,
+)
 
 SMALLEST_WIDTH = 1e-8
 HAIR = 1e-6  # of the interval: what a division may be off at its ends
@@ -104,7 +114,7 @@ class _DistanceAwareRound(torch.autograd.Function):
         ctx.steps, ctx.gamma, ctx.sigma, ctx.span = steps, gamma, sigma, 2.0 if centered else 1.0
         place = interval_place(x.to(torch.promote_types(x.dtype, high.dtype)), low, high, steps)
         code = centered_code(place, steps) if centered else place.round_().clamp_(0, steps)
-        return code.mul_(level_distance(steps, centered)).to(x.dtype)
+        return code.mul_(1 / (largest_around_zero(steps) if centered else steps)).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -139,20 +149,12 @@ def interval_place(x: Tensor, low: Tensor | None, high: Tensor, steps: int) -> T
 
 
 def centered_code(place: Tensor, steps: int) -> Tensor:
-    """The nearest level, halves down, as a code symmetric around 0: `2 k - N` for odd N, else `k - N / 2`.
-
-    Changes `place`.
+    """The nearest level, halves down, as a code symmetric around 0. Changes `place`.
 
     >>> centered_code(torch.tensor([-1.0, 0.5, 1.5, 1.6, 9.0]), steps=3)
     tensor([-3., -3., -1.,  1.,  3.])
     """
-    level = place.sub_(0.5).ceil_().clamp_(0, steps)
-    return level.sub_(steps // 2) if steps % 2 == 0 else level.mul_(2).sub_(steps)
-
-
-def level_distance(steps: int, centered: bool) -> float:
-    """What a code is multiplied by: 1/N, and 2/N for centered codes that count every level."""
-    return 2 / steps if centered and steps % 2 == 0 else 1 / steps
+    return codes_around_zero(place.sub_(0.5).ceil_().clamp_(0, steps), steps)
 
 
 class DAQ(Quantizer):
@@ -190,7 +192,7 @@ class DAQ(Quantizer):
 
     def grid(self) -> Grid:
         zero = torch.zeros_like(self.high)
-        return Grid(torch.full_like(zero, level_distance(self.steps, False)), zero, 0, self.steps)
+        return Grid(torch.full_like(zero, 1 / self.steps), zero, 0, self.steps)
 
     def encoder(self) -> Affine:
         distance = interval_width(None, self.high.detach()) / self.steps
@@ -218,8 +220,8 @@ class DAQWeight(DAQ):
 
     @property
     def steps(self) -> int:
-        """Number of levels less one, N; even at 8 bits, where the codes are to fit a signed byte."""
-        return 254 if self.bits == 8 else int(2**self.bits) - 1
+        """Number of levels less one, N."""
+        return steps_around_zero(self.bits)
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
@@ -238,10 +240,7 @@ class DAQWeight(DAQ):
         return centered_code(interval_place(standardized(x.float()), low, high, self.steps), self.steps)
 
     def grid(self) -> Grid:
-        zero = torch.zeros_like(self.high)
-        step = 1 if self.steps % 2 == 0 else 2
-        largest = self.steps * step // 2
-        return Grid(torch.full_like(zero, level_distance(self.steps, True)), zero, -largest, largest, step)
+        return grid_around_zero(torch.full_like(self.high, 1 / largest_around_zero(self.steps)).detach(), self.steps)
 
     def encoder(self) -> Affine:
         """Of standardized weights, in units of a code: the nearest code of the grid to `(W - offset) / scale`."""
@@ -261,8 +260,7 @@ def standardized(weight: Tensor) -> Tensor:
 
 
 def _check(bits: int, gamma: float, sigma: float) -> None:
-    if not 1 <= bits <= 8:
-        raise UserError(f"DAQ: bits is {bits}, but must be 1 to 8")
+    check_bits("DAQ", bits)
     for name, value in (("gamma", gamma), ("sigma", sigma)):
         if not value > 0:
             raise UserError(f"DAQ: {name} is {value}, but must be positive")

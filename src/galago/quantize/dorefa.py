@@ -32,9 +32,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from galago.errors import UserError
 from galago.quantize.blocks import in_blocks
-from galago.quantize.quantizer import Grid, OwnRates, Quantizer
+from galago.quantize.quantizer import (
+    Grid,
+    OwnRates,
+    Quantizer,
+    check_bits,
+    codes_around_zero,
+    grid_around_zero,
+    largest_around_zero,
+    steps_around_zero,
+)
 
 SMALLEST_SIZE = 1e-8
 
@@ -85,7 +93,7 @@ class DoReFa(Quantizer):
 
     def __init__(self, bits: int = 4) -> None:
         super().__init__()
-        _check(bits)
+        check_bits("DoReFa", bits)
         self.bits = bits
         self.register_buffer("bound", torch.ones(()))  # a constant, but it has to be where the inputs are
 
@@ -119,9 +127,8 @@ def squeezed(weight: Tensor, detach_max: bool = False) -> Tensor:
 
 
 def centered_code(place: Tensor, steps: int) -> Tensor:
-    """Places in [0, 1] as codes around 0: odd integers `2k - N` for odd N, `k - N/2` for even N, k = round(N place)."""
-    level = (place * steps).round()
-    return level - steps // 2 if steps % 2 == 0 else 2 * level - steps
+    """Places in [0, 1] as codes around 0, of the level k = round(N place)."""
+    return codes_around_zero((place * steps).round(), steps)
 
 
 class _Rounded(torch.autograd.Function):
@@ -166,14 +173,14 @@ class DoReFaWeight(Quantizer):
 
     def __init__(self, bits: int = 4, detach_max: bool = False) -> None:
         super().__init__()
-        _check(bits)
+        check_bits("DoReFa", bits)
         self.bits, self.detach_max = bits, detach_max
         self.register_buffer("scale", torch.ones(()))
 
     @property
     def steps(self) -> int:
-        """Number of levels less one, N; even at 8 bits, where the codes are to fit a signed byte."""
-        return 254 if self.bits == 8 else int(2**self.bits) - 1
+        """Number of levels less one, N."""
+        return steps_around_zero(self.bits)
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
@@ -194,9 +201,7 @@ class DoReFaWeight(Quantizer):
         return sign_code(weight) if self.bits == 1 else centered_code(squeezed(weight), self.steps)
 
     def grid(self) -> Grid:
-        step = 1 if self.steps % 2 == 0 else 2
-        largest = self.steps * step // 2
-        return Grid(self.scale.clone(), torch.zeros_like(self.scale), -largest, largest, step)
+        return grid_around_zero(self.scale.clone(), self.steps)
 
     def own_rates(self) -> OwnRates:
         """Of the layer's output scale; there is nothing else to learn."""
@@ -208,13 +213,7 @@ class DoReFaWeight(Quantizer):
     def _measured(self, weight: Tensor) -> Tensor:
         """What one code counts: a constant, at one bit the mean size of these weights. The grid keeps it."""
         size = weight.detach().to(torch.promote_types(weight.dtype, torch.float32)).abs().mean()
-        codes_to_one = self.steps // 2 if self.steps % 2 == 0 else self.steps
         one_bit = size.clamp_min(SMALLEST_SIZE)
-        scale = one_bit if self.bits == 1 else torch.ones_like(size) / codes_to_one
+        scale = one_bit if self.bits == 1 else torch.ones_like(size) / largest_around_zero(self.steps)
         self.scale.copy_(scale)
         return scale
-
-
-def _check(bits: int) -> None:
-    if not 1 <= bits <= 8:
-        raise UserError(f"DoReFa: bits is {bits}, but must be 1 to 8")

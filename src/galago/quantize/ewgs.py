@@ -31,9 +31,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from galago.errors import UserError
 from galago.quantize.blocks import in_blocks, inner_product
-from galago.quantize.quantizer import Affine, Grid, OwnRates, Quantizer
+from galago.quantize.quantizer import (
+    Affine,
+    Grid,
+    OwnRates,
+    Quantizer,
+    check_bits,
+    codes_around_zero,
+    grid_around_zero,
+    largest_around_zero,
+    steps_around_zero,
+)
 
 SMALLEST_WIDTH = 1e-8
 HAIR = 1e-6  # of the interval: what a division may be off at its ends
@@ -77,8 +86,8 @@ class _ScaledGradientRound(torch.autograd.Function):
         ctx.steps, ctx.span = steps, 2.0 if centered else 1.0
         code = interval_code(x.to(torch.promote_types(x.dtype, low.dtype)), low, high, steps)
         if centered:
-            code = centered_code(code, steps)
-        return code.mul_(level_distance(steps, centered)).to(x.dtype)
+            code = codes_around_zero(code, steps)
+        return code.mul_(1 / (largest_around_zero(steps) if centered else steps)).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -106,16 +115,6 @@ def with_gain(grad: Tensor, error: Tensor) -> Tensor:
     return grad.addcmul_(grad.abs(), error)
 
 
-def centered_code(code: Tensor, steps: int) -> Tensor:
-    """Level numbers 0 … N to codes symmetric around 0: odd integers `2k - N` for odd N, `k - N/2` for even N."""
-    return code.sub_(steps // 2) if steps % 2 == 0 else code.mul_(2).sub_(steps)
-
-
-def level_distance(steps: int, centered: bool) -> float:
-    """What a code is multiplied by: 1/N, and 2/N for centered codes that count every level."""
-    return 2 / steps if centered and steps % 2 == 0 else 1 / steps
-
-
 class EWGS(Quantizer):
     """Learned interval with element-wise gradient scaling, for a layer's input. Gives values in [0, 1].
 
@@ -131,7 +130,7 @@ class EWGS(Quantizer):
 
     def __init__(self, bits: int = 4, fixed_delta: float = 0.0, learning_rate_factor: float = 0.01) -> None:
         super().__init__()
-        _check(bits)
+        check_bits("EWGS", bits)
         self.bits, self.fixed_delta, self.learning_rate_factor = bits, fixed_delta, learning_rate_factor
         self.low = nn.Parameter(torch.zeros(()))
         self.high = nn.Parameter(torch.ones(()))
@@ -155,7 +154,7 @@ class EWGS(Quantizer):
 
     def grid(self) -> Grid:
         zero = torch.zeros_like(self.low)
-        return Grid(torch.full_like(zero, level_distance(self.steps, False)), zero, 0, self.steps)
+        return Grid(torch.full_like(zero, 1 / self.steps), zero, 0, self.steps)
 
     def encoder(self) -> Affine:
         width = interval_width(self.low, self.high).detach()
@@ -175,8 +174,8 @@ class EWGSWeight(EWGS):
 
     @property
     def steps(self) -> int:
-        """Number of levels less one, N; even at 8 bits, where the codes are to fit a signed byte."""
-        return 254 if self.bits == 8 else int(2**self.bits) - 1
+        """Number of levels less one, N."""
+        return steps_around_zero(self.bits)
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
@@ -188,21 +187,15 @@ class EWGSWeight(EWGS):
         return scaled_gradient_round(x, self.low, self.high, self.delta, self.steps, centered=True)
 
     def codes(self, x: Tensor) -> Tensor:
-        return centered_code(interval_code(x.float(), self.low.detach(), self.high.detach(), self.steps), self.steps)
+        return codes_around_zero(
+            interval_code(x.float(), self.low.detach(), self.high.detach(), self.steps), self.steps
+        )
 
     def grid(self) -> Grid:
-        zero = torch.zeros_like(self.low)
-        step = 1 if self.steps % 2 == 0 else 2
-        largest = self.steps * step // 2
-        return Grid(torch.full_like(zero, level_distance(self.steps, True)), zero, -largest, largest, step)
+        return grid_around_zero(torch.full_like(self.low, 1 / largest_around_zero(self.steps)).detach(), self.steps)
 
     def encoder(self) -> Affine:
         """In units of a code: the nearest code of the grid to `(W - offset) / scale` is the weight's."""
         codes_wide = 2 * self.grid().high
         width = interval_width(self.low, self.high).detach()
         return Affine(width / codes_wide, (self.low + width / 2).detach())
-
-
-def _check(bits: int) -> None:
-    if not 1 <= bits <= 8:
-        raise UserError(f"EWGS: bits is {bits}, but must be 1 to 8")

@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from galago.errors import UserError
 from galago.quantize.blocks import in_blocks, inner_product
 from galago.quantize.gradient_quantizer import OFF, GradientQuantizer
-from galago.quantize.quantizer import Grid, OwnRates, Quantizer, integer_range
+from galago.quantize.quantizer import Grid, OwnRates, Quantizer, check_bits, integer_range
 
 SMALLEST_BOUND = 1e-12
 SMALLEST_GAMMA = 1e-3
@@ -101,7 +101,7 @@ class LBT(Quantizer):
 
     def __init__(self, bits: int = 4, signed: bool | None = None, learning_rate_factor: float = 1e-3) -> None:
         super().__init__()
-        _check(bits, lowest=2 if signed else 1)
+        check_bits("LBT", bits, lowest=2 if signed else 1)
         self.bits, self.signed, self.learning_rate_factor = bits, signed, learning_rate_factor
         self.bound = nn.Parameter(torch.ones(()))
 
@@ -115,7 +115,7 @@ class LBT(Quantizer):
         """`u = 3 std(x)`; for unsigned values over `sqrt(1 - 2/pi)`, as if they were half of a normal variable."""
         if self.signed is None:
             self.signed = bool((x < 0).any())
-        _check(self.bits, lowest=2 if self.signed else 1)
+        check_bits("LBT", self.bits, lowest=2 if self.signed else 1)
         self.bound.copy_(3 * x.std() / (1 if self.signed else HALF_NORMAL))
 
     def positive_bound(self) -> Tensor:
@@ -220,8 +220,3 @@ def first_gamma(gradient: Tensor, target: float, rate: float = 1e-3) -> float:
         if average > target:
             return min(1 - done * rate + rate, 1.0)
     return SMALLEST_GAMMA
-
-
-def _check(bits: int, lowest: int) -> None:
-    if not lowest <= bits <= 8:
-        raise UserError(f"LBT: bits is {bits}, but must be {lowest} to 8 here")

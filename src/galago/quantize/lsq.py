@@ -28,9 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from galago.errors import UserError
 from galago.quantize.blocks import in_blocks, inner_product
-from galago.quantize.quantizer import Grid, Quantizer, along, integer_range
+from galago.quantize.quantizer import Grid, Quantizer, along, check_bits, integer_range
 
 SMALLEST_STEP = 1e-8
 
@@ -103,7 +102,7 @@ class LSQ(Quantizer):
 
     def __init__(self, bits: int = 4, signed: bool | None = None, count_batch: bool = False) -> None:
         super().__init__()
-        _check(bits, lowest=2 if signed else 1)
+        check_bits("LSQ", bits, lowest=2 if signed else 1)
         self.bits, self.signed, self.count_batch = bits, signed, count_batch
         self.step = nn.Parameter(torch.ones(()))
 
@@ -117,7 +116,7 @@ class LSQ(Quantizer):
         """Decides about the sign where that was left open; sets the step from the mean size of `x`."""
         if self.signed is None:
             self.signed = bool((x < 0).any())
-        _check(self.bits, lowest=2 if self.signed else 1)
+        check_bits("LSQ", self.bits, lowest=2 if self.signed else 1)
         self.step.copy_(initial_step(x, self.limits[1]))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -142,7 +141,7 @@ class LSQWeight(Quantizer):
 
     def __init__(self, bits: int = 4, per_channel: bool = True) -> None:
         super().__init__()
-        _check(bits, lowest=2)
+        check_bits("LSQ", bits, lowest=2)
         self.bits, self.per_channel = bits, per_channel
         self.step = nn.Parameter(torch.ones(()))
 
@@ -169,8 +168,3 @@ class LSQWeight(Quantizer):
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, per_channel={self.per_channel}"
-
-
-def _check(bits: int, lowest: int) -> None:
-    if not lowest <= bits <= 8:
-        raise UserError(f"LSQ: bits is {bits}, but must be {lowest} to 8 here")

@@ -36,10 +36,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from galago.errors import UserError
 from galago.quantize.blocks import extremes, in_blocks, inner_product
 from galago.quantize.lsq import SMALLEST_STEP, learned_step
-from galago.quantize.quantizer import Grid, Quantizer, along, integer_range
+from galago.quantize.quantizer import Grid, Quantizer, along, check_bits, integer_range
 
 SAMPLE = 2**13  # values that the first range is chosen on
 SHRINKS = 32  # ends tried on each side: down to 1/36 of what the batch spans
@@ -136,7 +135,7 @@ class LSQPlus(Quantizer):
 
     def __init__(self, bits: int = 4, signed: bool = False) -> None:
         super().__init__()
-        _check(bits, lowest=2 if signed else 1)
+        check_bits("LSQPlus", bits, lowest=2 if signed else 1)
         self.bits, self.signed = bits, signed
         self.step = nn.Parameter(torch.ones(()))
         self.offset = nn.Parameter(torch.zeros(()))
@@ -195,7 +194,7 @@ class LSQPlusWeight(Quantizer):
 
     def __init__(self, bits: int = 4, per_channel: bool = True) -> None:
         super().__init__()
-        _check(bits, lowest=2)
+        check_bits("LSQPlus", bits, lowest=2)
         self.bits, self.per_channel = bits, per_channel
         self.step = nn.Parameter(torch.ones(()))
 
@@ -223,8 +222,3 @@ class LSQPlusWeight(Quantizer):
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, per_channel={self.per_channel}"
-
-
-def _check(bits: int, lowest: int) -> None:
-    if not lowest <= bits <= 8:
-        raise UserError(f"LSQPlus: bits is {bits}, but must be {lowest} to 8 here")

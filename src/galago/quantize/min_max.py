@@ -29,9 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from galago.errors import UserError
 from galago.quantize.blocks import extremes
-from galago.quantize.quantizer import Grid, Quantizer, along, integer_range
+from galago.quantize.quantizer import Grid, Quantizer, along, check_bits, integer_range
 
 SMALLEST_SCALE = 1e-8
 
@@ -103,7 +102,7 @@ class MinMax(Quantizer):
 
     def __init__(self, bits: int = 8, decay: float = 0.99) -> None:
         super().__init__()
-        _check(bits, lowest=1)
+        check_bits("MinMax", bits, lowest=1)
         self.bits, self.decay = bits, decay
         self.register_buffer("minimum", torch.zeros(()))
         self.register_buffer("maximum", torch.ones(()))
@@ -156,7 +155,7 @@ class MinMaxWeight(Quantizer):
 
     def __init__(self, bits: int = 8) -> None:
         super().__init__()
-        _check(bits, lowest=2)
+        check_bits("MinMax", bits, lowest=2)
         self.bits = bits
         self.register_buffer("scale", torch.ones(()))
 
@@ -185,8 +184,3 @@ class MinMaxWeight(Quantizer):
     def _spanned(self, weight: Tensor) -> Tensor:
         largest = weight.abs().flatten(1).amax(1).float()
         return (largest / integer_range(self.bits, signed=True)[1]).clamp_min(SMALLEST_SCALE)
-
-
-def _check(bits: int, lowest: int) -> None:
-    if not lowest <= bits <= 8:
-        raise UserError(f"MinMax: bits is {bits}, but must be {lowest} to 8 here")

@@ -34,9 +34,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from galago.errors import UserError
 from galago.quantize.blocks import in_blocks
-from galago.quantize.quantizer import Grid, OwnRates, Quantizer, along
+from galago.quantize.quantizer import Grid, OwnRates, Quantizer, along, check_bits
 
 SHORTEST = 1e-3  # segment, as in the public code
 SMALLEST_SCALE = 1e-8
@@ -156,7 +155,7 @@ class N2UQ(Quantizer):
 
     def __init__(self, bits: int = 2, learning_rate_factor: float = 0.1, fit: bool = True) -> None:
         super().__init__()
-        _check(bits, most=4)
+        check_bits("N2UQ", bits, highest=4)
         self.bits, self.learning_rate_factor, self.fit = bits, learning_rate_factor, fit
         self.start = nn.Parameter(torch.zeros(()))
         self.segments = nn.Parameter(torch.full((self.steps,), WIDTH / self.steps))
@@ -208,7 +207,7 @@ class N2UQWeight(Quantizer):
 
     def __init__(self, bits: int = 2, clip_gradient: bool = False) -> None:
         super().__init__()
-        _check(bits, most=4)
+        check_bits("N2UQ", bits, highest=4)
         self.bits, self.clip_gradient = bits, clip_gradient
         self.register_buffer("scale", torch.ones(()))
 
@@ -247,8 +246,3 @@ class N2UQWeight(Quantizer):
         mean = weight.float().abs().flatten(1).mean(1)
         scale: Tensor = ((2**self.bits - 1) / 2 ** (self.bits - 1) * mean).clamp_min(SMALLEST_SCALE)
         return scale
-
-
-def _check(bits: int, most: int) -> None:
-    if not 1 <= bits <= most:
-        raise UserError(f"N2UQ: bits is {bits}, but must be 1 to {most}; use LSQ or MinMax for more")

@@ -38,7 +38,15 @@ from torch import Tensor, nn
 
 from galago.errors import UserError
 from galago.quantize.blocks import in_blocks, inner_product
-from galago.quantize.quantizer import Grid, OwnRates, Quantizer
+from galago.quantize.quantizer import (
+    Grid,
+    OwnRates,
+    Quantizer,
+    check_bits,
+    grid_around_zero,
+    largest_around_zero,
+    steps_around_zero,
+)
 
 SMALLEST_END = 1e-8
 SAMPLE = 2**15  # values that the first end is chosen on
@@ -161,15 +169,14 @@ class SAWBWeight(Quantizer):
 
     def __init__(self, bits: int = 4) -> None:
         super().__init__()
-        if not 1 <= bits <= 8:
-            raise UserError(f"SAWBWeight: bits is {bits}, but must be 1 to 8")
+        check_bits("SAWBWeight", bits)
         self.bits = bits
         self.register_buffer("scale", torch.ones(()))
 
     @property
     def steps(self) -> int:
-        """Number of levels less one, N; even at 8 bits, where the codes are to fit a signed byte."""
-        return 254 if self.bits == 8 else int(2**self.bits) - 1
+        """Number of levels less one, N."""
+        return steps_around_zero(self.bits)
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
@@ -185,9 +192,7 @@ class SAWBWeight(Quantizer):
         return nearest_code(x.detach().float(), self._measured(x), self.steps)
 
     def grid(self) -> Grid:
-        step = 1 if self.steps % 2 == 0 else 2
-        largest = self.steps * step // 2
-        return Grid(self.scale.clone(), torch.zeros_like(self.scale), -largest, largest, step)
+        return grid_around_zero(self.scale.clone(), self.steps)
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}"
@@ -195,7 +200,7 @@ class SAWBWeight(Quantizer):
     def _measured(self, weight: Tensor) -> Tensor:
         """What one code counts for these weights, which the grid then keeps."""
         end = statistics_aware_end(weight.detach().float(), self.bits)
-        scale = end / (self.steps // 2 if self.steps % 2 == 0 else self.steps)
+        scale = end / largest_around_zero(self.steps)
         self.scale.copy_(scale)
         return scale
 

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from galago.errors import UserError
+
 LARGEST_SAFE = 64
 
 
@@ -122,3 +124,44 @@ def integer_range(bits: int, signed: bool, narrow: bool = False) -> tuple[int, i
     if not signed:
         return 0, 2**bits - 1
     return -(2 ** (bits - 1)) + narrow, 2 ** (bits - 1) - 1
+
+
+def check_bits(method: str, bits: int, lowest: int = 1, highest: int = 8) -> None:
+    """Refuses a width that a method does not have, by its name.
+
+    Raises:
+        UserError: `bits` is outside of `lowest` … `highest`.
+    """
+    if not lowest <= bits <= highest:
+        raise UserError(f"{method}: bits is {bits}, but must be {lowest} to {highest} here")
+
+
+def steps_around_zero(bits: int) -> int:
+    """Levels less one, N, of a grid symmetric around 0; even at 8 bits, where the codes are to fit a signed byte.
+
+    Odd N leaves no zero: codes are then the odd integers from -N to N.
+
+    >>> steps_around_zero(2), steps_around_zero(8)
+    (3, 254)
+    """
+    return 254 if bits == 8 else int(2**bits) - 1
+
+
+def largest_around_zero(steps: int) -> int:
+    """The last code of a grid symmetric around 0: N for odd N, N/2 for even."""
+    return steps if steps % 2 else steps // 2
+
+
+def codes_around_zero(level: Tensor, steps: int) -> Tensor:
+    """Level numbers 0 … N to codes: odd integers `2k - N` for odd N, `k - N/2` for even. Changes `level`.
+
+    >>> codes_around_zero(torch.tensor([0.0, 1.0, 3.0]), steps=3)
+    tensor([-3., -1.,  3.])
+    """
+    return level.mul_(2).sub_(steps) if steps % 2 else level.sub_(steps // 2)
+
+
+def grid_around_zero(scale: Tensor, steps: int) -> Grid:
+    """Where such codes lie; `scale` is what one counts, a scalar."""
+    largest = largest_around_zero(steps)
+    return Grid(scale, torch.zeros_like(scale), -largest, largest, step=1 + steps % 2)
