@@ -206,19 +206,6 @@ def test_more_bits_than_the_paper_has_are_refused(kind):
         kind(5)
 
 
-def test_the_compiler_takes_it_in_one_piece_and_gets_the_same():
-    layer = QuantLayer(nn.Conv2d(5, 6, 3), N2UQWeight(2), N2UQ(2))
-    x = torch.randn(3, 5, 8, 8)
-    layer.observe(x)
-    g = torch.randn(3, 6, 6, 6)
-    layer(x).backward(g)
-    eager = [parameter.grad.clone() for parameter in layer.parameters()]
-    layer.zero_grad()
-    torch.compile(layer, fullgraph=True, backend="aot_eager")(x).backward(g)
-    for one, parameter in zip(eager, layer.parameters(), strict=True):
-        torch.testing.assert_close(parameter.grad, one)
-
-
 def test_a_network_trains_and_its_file_says_what_it_says(tmp_path):
     data = Stripes()
     method = Quantize(N2UQWeight(2), N2UQ(2), edge_bits=None)
