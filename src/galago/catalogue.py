@@ -20,6 +20,8 @@ KINDS = {
     "Task": "task",
     "Data": "data set",
     "ImageData": "data set",
+    "SGD": "optimizer",
+    "AdamW": "optimizer",
 }
 FOLDERS = ("augment", "datasets", "distill", "models", "probes", "quantize", "regularize", "tasks")
 
@@ -30,6 +32,7 @@ class Idea(NamedTuple):
     class_path: str
     name: str
     kind: str
+    system: str  # as its paper names it: the first line of the module's page; empty without a paper
     summary: str
     paper: str
     recipe: str
@@ -58,7 +61,8 @@ def _of_module(module: str, tree: ast.Module) -> list[Idea]:
             summary = (ast.get_docstring(node) or page).partition("\n")[0]
             source = f"arXiv:{paper[1]}" if paper else ""
             path = recipe[0] if recipe else ""
-            found.append(Idea(f"{module}.{node.name}", node.name, kind, summary, source, path))
+            system = page.partition("\n")[0].removesuffix(".") if paper else ""
+            found.append(Idea(f"{module}.{node.name}", node.name, kind, system, summary, source, path))
     return found
 
 

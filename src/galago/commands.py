@@ -14,7 +14,7 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
 
 from galago.catalogue import ideas
 from galago.errors import UserError
@@ -153,16 +153,20 @@ def methods_command(json: bool = False) -> int:
     """List every published method and what belongs to it, with class path, paper, kind and recipe.
 
     Args:
-        json: print JSON rather than a table.
+        json: print JSON rather than a list to read.
     """
     found = ideas()
     if json:
         sys.stdout.write(_as_json([idea._asdict() for idea in found]))
         return 0
-    table = Table("class path", "kind", "what it does", "paper", "recipe", box=None, pad_edge=False)
-    for idea in found:
-        table.add_row(idea.class_path, idea.kind, idea.summary, idea.paper, idea.recipe)
-    Console().print(table)
+    console = Console(soft_wrap=True, highlight=False)
+    for idea in found:  # a table would cut the class path, which is what a recipe needs
+        console.print(f"[bold]{idea.class_path}[/]  {idea.kind}")
+        console.print(f"    {escape(idea.summary)}")
+        if idea.system:
+            console.print(f"    [dim]{escape(idea.system)} ({idea.paper})[/]")
+        if idea.recipe:
+            console.print(f"    [dim]{idea.recipe}[/]")
     return 0
 
 

@@ -192,6 +192,8 @@ def stream_obstacle(quantizer: Quantizer) -> str | None:
         return f"needs {grid.high - grid.low + 1} codes, more than the 256 of 8 bits"
     if not 0 <= grid.zero_point.item() - grid.low <= 255:
         return "has its zero outside the range of 8 bits"
+    if grid.zero_point.item() % 1:
+        return "has its zero between two codes"
     return None
 
 
