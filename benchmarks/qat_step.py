@@ -19,7 +19,7 @@ import copy
 import importlib.util
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,10 +29,16 @@ from torch import Tensor, nn
 
 from galago.layers import swap
 from galago.models.resnet import resnet18_cifar, resnet20
+from galago.quantize.daq import DAQ, DAQWeight
+from galago.quantize.dorefa import DoReFa, DoReFaWeight
 from galago.quantize.ewgs import EWGS, EWGSWeight
 from galago.quantize.layer import QuantLayer
+from galago.quantize.lbt import LBT, LBTWeight
 from galago.quantize.lsq import LSQ, LSQWeight
+from galago.quantize.lsq_plus import LSQPlus, LSQPlusWeight
 from galago.quantize.min_max import MinMax, MinMaxWeight
+from galago.quantize.n2uq import N2UQ, N2UQWeight
+from galago.quantize.pact import PACT, SAWBWeight
 from galago.quantize.quantizer import Grid, Quantizer
 
 MODELS = {"resnet20": resnet20, "resnet18": resnet18_cifar}
@@ -83,17 +89,24 @@ def brevitas(model: nn.Module, bits: int) -> nn.Module:
     return model
 
 
-def variants(model: nn.Module, bits: int) -> dict[str, nn.Module]:
-    """Name to network, all with the same initial weights."""
+def variants(model: nn.Module, bits: int, only: Sequence[str] | None = None) -> dict[str, nn.Module]:
+    """Name to network, all with the same initial weights; of the quantized ones `only` these where given."""
     pairs: dict[str, tuple[Callable[[], Quantizer], Callable[[], Quantizer]]] = {
         "EWGS": (lambda: EWGSWeight(bits, fixed_delta=0.001), lambda: EWGS(bits, fixed_delta=0.001)),
         "LSQ": (lambda: LSQWeight(bits), lambda: LSQ(bits)),
         "MinMax": (lambda: MinMaxWeight(bits), lambda: MinMax(bits)),
+        "DAQ": (lambda: DAQWeight(bits), lambda: DAQ(bits)),
+        "LSQ+": (lambda: LSQPlusWeight(bits), lambda: LSQPlus(bits)),
+        "PACT": (lambda: SAWBWeight(bits), lambda: PACT(bits)),
+        "DoReFa": (lambda: DoReFaWeight(bits), lambda: DoReFa(bits)),
+        "LBT": (lambda: LBTWeight(bits), lambda: LBT(bits)),
+        "N2UQ": (lambda: N2UQWeight(bits), lambda: N2UQ(bits)),
         "torch learnable": (lambda: TorchLearnable(bits, signed=True), lambda: TorchLearnable(bits, signed=False)),
     }
     made = {"float": copy.deepcopy(model)}
-    made |= {name: quantized(copy.deepcopy(model), *pair) for name, pair in pairs.items()}
-    if importlib.util.find_spec("brevitas"):
+    wanted = {name: pair for name, pair in pairs.items() if not only or name in only}
+    made |= {name: quantized(copy.deepcopy(model), *pair) for name, pair in wanted.items()}
+    if importlib.util.find_spec("brevitas") and (not only or "Brevitas" in only):
         made["Brevitas"] = brevitas(copy.deepcopy(model), bits)
     return made
 
@@ -164,11 +177,9 @@ def main() -> None:
     images = torch.randn(chosen.batch, 3, 32, 32, device=chosen.device).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(10, (chosen.batch,), device=chosen.device)
     steps = {}
-    for name, model in variants(MODELS[chosen.model](), chosen.bits).items():
-        peer = name in ("torch learnable", "Brevitas")
-        if name == "float" or not chosen.only or name in chosen.only:
-            compiled = chosen.compile_peers if peer else chosen.compile
-            steps[name] = step_of(model, images, labels, chosen.bf16, compiled)
+    for name, model in variants(MODELS[chosen.model](), chosen.bits, chosen.only).items():
+        compiled = chosen.compile_peers if name in ("torch learnable", "Brevitas") else chosen.compile
+        steps[name] = step_of(model, images, labels, chosen.bf16, compiled)
     how = f"{'bf16' if chosen.bf16 else 'fp32'}, {'compiled' if chosen.compile else 'eager'}"
     title = f"{chosen.model}, batch {chosen.batch}, W{chosen.bits}A{chosen.bits}, {how}, {chosen.device}"
     Console().print(table(measured(steps, chosen.steps), f"{title}, {torch.get_num_threads()} threads"))
