@@ -91,6 +91,19 @@ def test_timms_resnet18_runs_as_integers_in_both_engines(tmp_path: Path) -> None
     assert whole.onnx.stat().st_size < 4 * parameters / 7  # of the float file; 8 would be bare weights
 
 
+def test_codes_are_thinned_out_before_a_convolution_of_one_pixel_and_nothing_changes(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 1, stride=2), nn.Flatten())
+    image = images(4, 13)
+    whole = deployed(quantize(network.eval(), torch.randn(4, 3, 13, 13), PerChannel, Ranged))
+    plain = onnx.build(whole, image)
+    thinned = openvino.thin_codes(plain)
+    (pool,) = (node for node in thinned.graph.node if node.op_type == "MaxPool")
+    assert next(list(attribute.ints) for attribute in pool.attribute if attribute.name == "strides") == [2, 2]
+    save(plain, tmp_path / "plain.onnx")
+    save(thinned, tmp_path / "thinned.onnx")
+    assert torch.allclose(OnnxRuntime(tmp_path / "thinned.onnx")(image), OnnxRuntime(tmp_path / "plain.onnx")(image))
+
+
 def test_torchvisions_resnet18_without_streams_gives_the_same_codes(tmp_path: Path) -> None:
     network = shaken(torchvision.models.resnet18(num_classes=5))
     quantize(network, torch.randn(4, 3, 32, 32), lambda: Odd(2), lambda: Interval(2), Ranged)

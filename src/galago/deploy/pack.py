@@ -10,7 +10,8 @@ it once, when the session is made, and runs the same kernels at the same speed a
 number, or one per output channel) make grids without a zero (odd codes) and codes widened for a finer bias out of the
 same levels; where a BatchNorm flipped a channel's signs, its levels count from the other end. 3 bits are stored as
 2 + 1, 5 as 4 + 1, 6 as 4 + 2, 7 as 4 + 2 + 1: the file is proportional to the bits. OpenVINO does not fold this form
-(measured: 12 times slower), so its own file is written from plain int8 (`galago.deploy.openvino`).
+(measured: 12 times slower) and reads it only with the functions written out (`onnx.inliner`), so its own file is made
+from plain int8 (`galago.deploy.openvino`).
 
 Design choice: standard operators rather than ONNX's INT2 and INT4 tensors, which engines do not all read.
 """

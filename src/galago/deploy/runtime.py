@@ -19,6 +19,7 @@ import onnxruntime
 import openvino
 import torch
 from numpy.typing import NDArray
+from onnx.inliner import inline_local_functions
 from torch import Tensor, nn
 
 from galago.deploy.label import CODES, STREAMS
@@ -193,8 +194,10 @@ class OpenVINO(Artifact):
         self.looking: tuple[Any, dict[str, str]] | None = None
 
     def read(self) -> Any:
-        """The graph as it is in the file."""
+        """The graph as it is in the file, but with functions written out, whose shapes OpenVINO does not follow."""
         try:
+            if self.path.suffix == ".onnx" and (model := onnx.load(self.path)).functions:
+                return self.engine.read_model(inline_local_functions(model).SerializeToString())
             return self.engine.read_model(self.path)
         except Exception as error:
             raise UserError(f"{self.path}: OpenVINO cannot read it: {first_line(error)}") from error
