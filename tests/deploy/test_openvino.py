@@ -94,7 +94,7 @@ def test_timms_resnet18_runs_as_integers_in_both_engines(tmp_path: Path) -> None
 def test_codes_are_thinned_out_before_a_convolution_of_one_pixel_and_nothing_changes(tmp_path: Path) -> None:
     network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 1, stride=2), nn.Flatten())
     image = images(4, 13)
-    whole = deployed(quantize(network.eval(), torch.randn(4, 3, 13, 13), PerChannel, Ranged))
+    whole = deployed(quantize(network.eval(), torch.randn(4, 3, 13, 13), PerChannel, Ranged, Ranged))
     plain = onnx.build(whole, image)
     thinned = openvino.thin_codes(plain)
     (pool,) = (node for node in thinned.graph.node if node.op_type == "MaxPool")
