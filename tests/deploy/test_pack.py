@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from galago.deploy.onnx import build, integer_layers, lowered
-from galago.deploy.pack import levels_of, pack, pack_bits, parts, unpack_bits
+from galago.deploy.pack import levels_of, pack, pack_bits, parts, stored, unpack_bits, unpacker
 from galago.deploy.runtime import OnnxRuntime
 from galago.quantize.min_max import MinMaxWeight
 from integers import Odd, PerChannel, Ranged, deployed, images, quantize
@@ -100,3 +100,14 @@ def test_the_given_model_is_left_alone_and_the_packed_one_is_sound() -> None:
     assert (
         {node.op_type for node in packed.graph.node if node.domain} == {f.name for f in packed.functions} == {"Unpack2"}
     )
+
+
+def test_a_step_and_a_base_of_one_value_are_still_two_inputs() -> None:
+    layer = next(iter(onnx_layers(lambda: PerChannel(4)).values()))
+    layer.codes, layer.step, layer.base = torch.full_like(layer.codes, 2), layer.step * 0 + 1, layer.base * 0 + 1
+    assert [array.size for array in stored("w", layer).values()][-2:] == [1, 1]
+    assert len(stored("w", layer)) == len(unpacker(4).input)
+
+
+def onnx_layers(weight):
+    return integer_layers(lowered(deployed(network(weight, gains=False)), images(1, 8)))

@@ -107,7 +107,7 @@ def stored(name: str, layer: IntegerLayer) -> dict[str, NDArray[np.generic]]:
     for kind, values in (("step", step), ("base", base)):
         same = (values == values.flat[0]).all()
         narrow = values.flat[0] if same else values.astype(np.int16)
-        constants[f"int_{values.flat[0]}" if same else f"{name}.{kind}"] = np.asarray(narrow, np.int16)
+        constants[f"{kind}_{values.flat[0]}" if same else f"{name}.{kind}"] = np.asarray(narrow, np.int16)
     return constants
 
 
