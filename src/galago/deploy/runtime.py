@@ -132,6 +132,8 @@ class OnnxRuntime(Artifact):
         options = onnxruntime.SessionOptions()
         options.log_severity_level = QUIET
         options.intra_op_num_threads = self.threads or 0
+        # Numbers below the normal range, as dead channels give, take 20 times as long; OpenVINO does the same.
+        options.add_session_config_entry("session.set_denormal_as_zero", "1")
         if optimized is not None:
             options.optimized_model_filepath = str(optimized)
         try:
