@@ -67,6 +67,7 @@ def shrunk(content: dict[str, Any], folder: Path) -> dict[str, Any]:
         digits(root)
     elif "image_folder" in kind:
         pictures(root, ["Platelets", "RBC", "WBC"])
+        data["workers"] = 0  # which are forked; a process full of engines' threads once died of it
     if "digits.Digits" not in kind:
         data["root"] = str(root)
     data.update(batch_size=8, per_class=2 if "digits" in kind else 6)
