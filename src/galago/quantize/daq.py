@@ -102,7 +102,8 @@ def distance_aware_round(
     >>> y.tolist(), x.grad
     ([0.0, 0.0], tensor([0.3620, 0.5966]))
     """
-    return _DistanceAwareRound.apply(x, low, high, steps, gamma, sigma, centered)  # type: ignore[no-any-return]
+    rounded: Tensor = _DistanceAwareRound.apply(x, low, high, steps, gamma, sigma, centered)
+    return rounded
 
 
 class _DistanceAwareRound(torch.autograd.Function):

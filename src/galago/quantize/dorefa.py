@@ -58,7 +58,8 @@ def clipped_round(x: Tensor, bound: Tensor, steps: int) -> Tensor:
     >>> clipped_round(torch.tensor([-1.0, 0.3, 0.6, 7.0]), torch.tensor(1.0), 2)
     tensor([0.0000, 0.5000, 0.5000, 1.0000])
     """
-    return _ClippedRound.apply(x, bound, steps)  # type: ignore[no-any-return]
+    rounded: Tensor = _ClippedRound.apply(x, bound, steps)
+    return rounded
 
 
 class _ClippedRound(torch.autograd.Function):
@@ -190,10 +191,10 @@ class DoReFaWeight(Quantizer):
     def forward(self, x: Tensor) -> Tensor:
         wide, scale = x.to(torch.promote_types(x.dtype, torch.float32)), self._measured(x)
         if self.bits == 1:
-            rounded = _Signed.apply(wide, scale)
+            rounded: Tensor = _Signed.apply(wide, scale)
         else:
             rounded = _Rounded.apply(squeezed(wide, self.detach_max), scale, self.steps)
-        return rounded.to(x.dtype)  # type: ignore[no-any-return]
+        return rounded.to(x.dtype)
 
     def codes(self, x: Tensor) -> Tensor:
         weight = x.detach().float()

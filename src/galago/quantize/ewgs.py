@@ -76,7 +76,8 @@ def scaled_gradient_round(
     >>> x.grad  # 1 + 0.5 * (0.1 - 0), 1 + 0.5 * (0.9 - 1)
     tensor([1.0500, 0.9500])
     """
-    return _ScaledGradientRound.apply(x, low, high, delta, steps, centered)  # type: ignore[no-any-return]
+    rounded: Tensor = _ScaledGradientRound.apply(x, low, high, delta, steps, centered)
+    return rounded
 
 
 class _ScaledGradientRound(torch.autograd.Function):

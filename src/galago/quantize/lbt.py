@@ -61,7 +61,8 @@ def learned_bound(v: Tensor, bound: Tensor, low: int, high: int) -> Tensor:
     >>> bound.grad  # (1 - 1.2) / 3 + 1
     tensor(0.9333)
     """
-    return _LearnedBound.apply(v, bound, low, high)  # type: ignore[no-any-return]
+    rounded: Tensor = _LearnedBound.apply(v, bound, low, high)
+    return rounded
 
 
 class _LearnedBound(torch.autograd.Function):

@@ -51,7 +51,8 @@ def learned_step(v: Tensor, step: Tensor, low: int, high: int, gradient_scale: f
     >>> step.grad  # (1 - 0.6 / 0.5) + 3
     tensor(2.8000)
     """
-    return _LearnedStep.apply(v, step, low, high, gradient_scale)  # type: ignore[no-any-return]
+    rounded: Tensor = _LearnedStep.apply(v, step, low, high, gradient_scale)
+    return rounded
 
 
 def initial_step(v: Tensor, high: int) -> Tensor:

@@ -70,7 +70,8 @@ def rounded_from_offset(
     >>> rounded_from_offset(v, step, offset, 0, 3, whole=True)
     tensor([-0.5000,  0.0000,  1.0000])
     """
-    return _RoundedFromOffset.apply(v, step, offset, low, high, gradient_scale, whole)  # type: ignore[no-any-return]
+    rounded: Tensor = _RoundedFromOffset.apply(v, step, offset, low, high, gradient_scale, whole)
+    return rounded
 
 
 def zero_code(step: Tensor, offset: Tensor, low: int, high: int, whole: bool = True) -> Tensor:

@@ -44,7 +44,8 @@ def straight_through(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, hig
     >>> y.tolist(), x.grad.tolist()
     ([0.5, -0.5], [1.0, 0.0])
     """
-    return _StraightThrough.apply(x, scale, zero_point, low, high)  # type: ignore[no-any-return]
+    rounded: Tensor = _StraightThrough.apply(x, scale, zero_point, low, high)
+    return rounded
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -88,7 +88,8 @@ def threshold_round(x: Tensor, start: Tensor, segments: Tensor, gain: Tensor, sc
     >>> threshold_round(torch.tensor([-1.0, 0.5, 9.0]), start, segments, one, one)
     tensor([0.0000, 0.6667, 2.0000])
     """
-    return _ThresholdRound.apply(x, start, segments, gain, scale)  # type: ignore[no-any-return]
+    rounded: Tensor = _ThresholdRound.apply(x, start, segments, gain, scale)
+    return rounded
 
 
 class _ThresholdRound(torch.autograd.Function):

@@ -79,7 +79,8 @@ def learned_clip(x: Tensor, alpha: Tensor, steps: int) -> Tensor:
     >>> y.tolist(), alpha.grad  # one value of three is clipped from above
     ([0.0, 0.5, 1.5], tensor(1.))
     """
-    return _LearnedClip.apply(x, alpha, steps)  # type: ignore[no-any-return]
+    rounded: Tensor = _LearnedClip.apply(x, alpha, steps)
+    return rounded
 
 
 class _LearnedClip(torch.autograd.Function):
@@ -186,7 +187,8 @@ class SAWBWeight(Quantizer):
     def forward(self, x: Tensor) -> Tensor:
         scale = self._measured(x)
         wide = x.to(torch.promote_types(x.dtype, scale.dtype))
-        return _Straight.apply(x, (nearest_code(wide, scale, self.steps) * scale).to(x.dtype))  # type: ignore[no-any-return]
+        rounded: Tensor = _Straight.apply(x, (nearest_code(wide, scale, self.steps) * scale).to(x.dtype))
+        return rounded
 
     def codes(self, x: Tensor) -> Tensor:
         return nearest_code(x.detach().float(), self._measured(x), self.steps)
