@@ -174,6 +174,7 @@ def arguments() -> Any:
 def main() -> None:
     chosen = arguments()
     torch.manual_seed(0)
+    torch._dynamo.config.recompile_limit = 100  # as many networks of one class as there are variants
     images = torch.randn(chosen.batch, 3, 32, 32, device=chosen.device).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(10, (chosen.batch,), device=chosen.device)
     steps = {}

@@ -12,8 +12,9 @@ from galago.batch import Batch
 from galago.errors import UserError
 from galago.layers import swap
 from galago.method import Forward
+from galago.quantize.calibration import undisturbed
 from galago.quantize.ewgs import EWGS, EWGSWeight
-from galago.quantize.ewgs_delta import EWGSDelta, captured, curvatures, hessian_of, hutchinson, ratio, undisturbed
+from galago.quantize.ewgs_delta import EWGSDelta, captured, curvatures, hessian_of, hutchinson, ratio
 from galago.quantize.layer import QuantLayer
 from galago.tasks.classify import Classify
 from galago.testing import check_method, tiny_network
@@ -288,7 +289,7 @@ def test_some_images_of_a_batch_can_be_enough(quantized, batch):
 
 def test_attention_has_second_derivatives_here():
     queries = torch.randn(1, 2, 4, 8, requires_grad=True)
-    with undisturbed([], torch.device("cpu")):
+    with undisturbed([]):
         loss = nn.functional.scaled_dot_product_attention(queries, queries, queries).square().sum()
         (found,) = curvatures(loss, [queries], draws=2, tolerance=0.0)
     assert found.trace != 0
@@ -296,7 +297,7 @@ def test_attention_has_second_derivatives_here():
 
 def test_buffers_are_put_back_even_after_a_failure(quantized, batch):
     before = copy.deepcopy(quantized.state_dict())
-    with pytest.raises(KeyError), undisturbed([quantized], torch.device("cpu")):
+    with pytest.raises(KeyError), undisturbed([quantized]):
         quantized(batch.input)
         raise KeyError
     assert all(torch.equal(before[name], value) for name, value in quantized.state_dict().items())

@@ -32,14 +32,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
 
 from galago.batch import Batch, Step
 from galago.data import Data
 from galago.errors import UserError
 from galago.method import Forward, Method
-from galago.probe import device_of
+from galago.quantize.calibration import undisturbed
 from galago.quantize.ewgs import EWGS
 
 
@@ -150,7 +149,7 @@ class EWGSDelta(Method):
         if (count := self.images) is not None:
             batch = tree_map_only(Tensor, lambda tensor: tensor[:count], batch)
         modules = [inner.model, *inner.methods]
-        with undisturbed(modules, device_of(inner.model)), captured(inner.model) as outputs:
+        with undisturbed(modules), captured(inner.model) as outputs:
             loss = inner(batch).loss
             places = [(path, output) for path, given in outputs.items() for output in given]
             if not places:  # the layers rest
@@ -194,20 +193,3 @@ def captured(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
 
             hooks.callback(quantizer.register_forward_hook(keep).remove)
         yield outputs
-
-
-@contextmanager
-def undisturbed(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
-    """A side trip in float32 and without compilation, after which buffers and random state are as before."""
-    buffers = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
-    with (
-        torch.random.fork_rng([device] if device.type == "cuda" else []),
-        torch.autocast(device.type, enabled=False),
-        torch.compiler.set_stance("force_eager"),
-        sdpa_kernel(SDPBackend.MATH),  # the fused attention kernels have no second derivative
-    ):
-        try:
-            yield
-        finally:
-            for buffer, before in buffers:
-                buffer.data.copy_(before)

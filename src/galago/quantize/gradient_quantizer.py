@@ -22,8 +22,7 @@ is left unrounded.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +31,7 @@ from torch import Tensor, nn
 from galago.errors import UserError
 from galago.layers import Wrapper
 from galago.quantize.blocks import extremes, in_blocks
+from galago.quantize.calibration import undisturbed
 
 OFF = 32  # bits that leave gradients as they are
 SMALLEST_BOUND = 1e-30  # where all gradients are zero
@@ -210,7 +210,7 @@ def arriving_gradients(model: nn.Module, others: Sequence[nn.Module], loss: Call
 
     hooks = [quantizer.register_forward_hook(keeping(path)) for path, quantizer in gradient_quantizers(model).items()]
     try:
-        with _undisturbed([model, *others]):
+        with undisturbed([model, *others]):
             value = loss()
             given = [output for several in outputs.values() for output in several]
             found = iter(torch.autograd.grad(value, given, materialize_grads=True) if given else ())
@@ -219,21 +219,3 @@ def arriving_gradients(model: nn.Module, others: Sequence[nn.Module], loss: Call
             hook.remove()
     arrived = {path: [next(found) for _ in several] for path, several in outputs.items()}
     return {path: g[0] if len(g) == 1 else torch.cat([one.flatten() for one in g]) for path, g in arrived.items()}
-
-
-@contextmanager
-def _undisturbed(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """In float32 and without compilation; afterwards buffers and random state are as before."""
-    buffers = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
-    device = next((buffer.device for buffer, _ in buffers), torch.device("cpu"))
-    with (
-        torch.random.fork_rng([device] if device.type == "cuda" else []),
-        torch.autocast(device.type, enabled=False),
-        torch.compiler.set_stance("force_eager"),
-        torch.enable_grad(),
-    ):
-        try:
-            yield
-        finally:
-            for buffer, before in buffers:
-                buffer.data.copy_(before)

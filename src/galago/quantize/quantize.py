@@ -21,12 +21,9 @@ Recipes: `recipes/demo/student.yaml`.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from itertools import islice
 
 import torch
 from rich.table import Table
@@ -36,9 +33,11 @@ from galago.data import Data
 from galago.errors import UserError
 from galago.method import Method
 from galago.probe import device_of
+from galago.quantize.calibration import first_inputs, normalized
 from galago.quantize.graph import LAYERS, Graph, look, obstacle
 from galago.quantize.inventory import Row, table
 from galago.quantize.layer import QuantLayer
+from galago.quantize.patterns import edge_layers, matches, must_match
 from galago.quantize.placement import Streams
 from galago.quantize.plan import Choice, Plan, initialize
 from galago.quantize.quantizer import Quantizer
@@ -192,52 +191,3 @@ def with_bits(prototype: Quantizer | None, bits: int | None) -> Quantizer | None
     own = deepcopy(prototype)
     own.bits = bits
     return own
-
-
-def matches(pattern: str, path: str, modules: dict[str, nn.Module]) -> bool:
-    """Whether a pattern means a module: by its path or type, or by those of a module it lies in."""
-    parts = path.split(".")
-    around = [".".join(parts[: end + 1]) for end in range(len(parts))]
-    return any(fnmatchcase(p, pattern) or fnmatchcase(type(modules[p]).__name__, pattern) for p in around)
-
-
-def must_match(pattern: str, modules: dict[str, nn.Module]) -> None:
-    """Sees to it that a pattern means something.
-
-    Raises:
-        UserError: it matches no module's path or type; near names are suggested.
-    """
-    names = [name for path, module in modules.items() for name in (path, type(module).__name__) if name]
-    if any(fnmatchcase(name, pattern) for name in names):
-        return
-    near = difflib.get_close_matches(pattern, dict.fromkeys(names), n=3, cutoff=0.4)
-    hint = f"; did you mean {', '.join(near)}?" if near else "; `galago check` lists them"
-    raise UserError(f"{pattern!r} matches no layer's path or type in {type(modules['']).__name__}{hint}")
-
-
-def edge_layers(graph: Graph, layers: dict[str, nn.Module]) -> set[str]:
-    """Paths of the layers that read what the first one reads, and of those that make the network's output."""
-    ran = [path for path in graph.flow.received if path in layers]
-    if not ran:
-        return set()
-    first = {path for path in ran if graph.flow.received[path][0] == graph.flow.received[ran[0]][0]}
-    last = {path for path in ran if any(graph.reading(number).leaves for number in graph.flow.gave[path][-1])}
-    return first | last | {ran[-1]}
-
-
-def normalized(data: Data, image: Tensor, device: torch.device) -> Tensor:
-    """Raw images as the network sees them."""
-    seen: Tensor = data.normalize(image.to(device_of(data.normalize))).to(device)
-    return seen
-
-
-def first_inputs(data: Data, batches: int, device: torch.device) -> Tensor:
-    """The first training batches as one, normalized.
-
-    Raises:
-        UserError: there is no training batch.
-    """
-    inputs = [normalized(data, batch.input, device) for batch in islice(data.train(), batches)]
-    if not inputs:
-        raise UserError("the data give no training batch to set ranges on; make batch_size smaller")
-    return torch.cat(inputs)

@@ -38,6 +38,7 @@ from galago.errors import UserError
 from galago.layers import swap
 from galago.method import Forward, Method
 from galago.probe import device_of
+from galago.quantize.calibration import normalized
 from galago.quantize.gradient_quantizer import (
     GradientQuantizer,
     QuantGradient,
@@ -46,7 +47,7 @@ from galago.quantize.gradient_quantizer import (
 )
 from galago.quantize.graph import LAYERS, Graph, look
 from galago.quantize.layer import QuantLayer
-from galago.quantize.quantize import edge_layers, matches, must_match, normalized
+from galago.quantize.patterns import edge_layers, matches, must_match
 
 
 class Placed(NamedTuple):
