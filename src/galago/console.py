@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
 from torch import nn
 
 from galago.data import Data
@@ -16,6 +17,8 @@ from galago.errors import UserError
 from galago.method import Method
 from galago.probe import Deployed, Probe, measure
 from galago.trainer import Learner
+
+Item = TypeVar("Item")
 
 # Away from a terminal, in a log, lines need not fit a window.
 console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 140)
@@ -104,3 +107,14 @@ def measure_network(network: nn.Module, learner: Learner, data: Data, probes: Se
 def say(text: str) -> None:
     """A line for the person watching, on standard error; standard output is for results."""
     console.print(text, markup=False, soft_wrap=True)
+
+
+def watched(steps: Iterable[Item], what: str, total: int | None = None) -> Iterable[Item]:
+    """The same steps, with a bar while they last, for work that takes long before or after training.
+
+    Args:
+        steps: what is worked on, one after another.
+        what: is done, for the bar.
+        total: how many there are, where `steps` does not know.
+    """
+    return track(steps, what, total, console=console, transient=True, disable=not sys.stderr.isatty())
