@@ -32,7 +32,7 @@ BASES = {
     "datasets": {"augmentation", "download", "image_files", "images", "listing", "loading", "source"},
     "models": {"weights"},
     "quantize": {"blocks", "calibration", "fold", "graph", "inventory", "layer", "patterns", "placement", "plan"}
-    | {"quantizer", "ranges", "reconstruction", "rest", "rounding", "settle"},
+    | {"learned_step", "quantizer", "ranges", "reconstruction", "rest", "rounding", "settle"},
 }
 # The promise of every quantizer: what is quantized can be recognized anywhere.
 PROMISE = {"quantize.quantizer", "quantize.gradient_quantizer", "quantize.layer", "quantize.fold"}

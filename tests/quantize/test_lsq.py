@@ -11,7 +11,8 @@ from torch import nn
 
 from galago.errors import UserError
 from galago.quantize.layer import QuantLayer
-from galago.quantize.lsq import LSQ, LSQWeight, initial_step, learned_step
+from galago.quantize.learned_step import learned_step
+from galago.quantize.lsq import LSQ, LSQWeight, initial_step
 
 CASES = [(bits, kind) for bits in (2, 4) for kind in ("weight", "weight_per_channel", "activation")]
 

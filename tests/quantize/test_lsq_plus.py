@@ -15,7 +15,8 @@ from galago.errors import UserError
 from galago.laws.integers import convolve
 from galago.probe import Deployed
 from galago.quantize.layer import QuantLayer
-from galago.quantize.lsq import LSQ, learned_step
+from galago.quantize.learned_step import learned_step
+from galago.quantize.lsq import LSQ
 from galago.quantize.lsq_plus import LSQPlus, LSQPlusWeight, least_squares_range, rounded_from_offset
 from galago.quantize.min_max import MinMax
 from galago.quantize.quantize import Quantize

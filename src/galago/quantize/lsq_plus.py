@@ -37,7 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from galago.quantize.blocks import extremes, in_blocks, inner_product
-from galago.quantize.lsq import SMALLEST_STEP, learned_step
+from galago.quantize.learned_step import SMALLEST_STEP, learned_step
 from galago.quantize.quantizer import Grid, Quantizer, along, check_bits, integer_range
 
 SAMPLE = 2**13  # values that the first range is chosen on
