@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from galago.quantize.calibrated import Calibrated, CalibratedWeight
 from galago.quantize.daq import DAQ, DAQWeight
 from galago.quantize.dorefa import DoReFa, DoReFaWeight
 from galago.quantize.ewgs import EWGS, EWGSWeight
@@ -20,8 +21,18 @@ from galago.quantize.n2uq import N2UQ, N2UQWeight
 from galago.quantize.pact import PACT, SAWBWeight
 from galago.testing import check_quantizer
 
-INPUTS = (LSQ, MinMax, EWGS, DAQ, LBT, LSQPlus, PACT, DoReFa)
-WEIGHTS = (LSQWeight, MinMaxWeight, EWGSWeight, DAQWeight, LBTWeight, LSQPlusWeight, SAWBWeight, DoReFaWeight)
+INPUTS = (LSQ, MinMax, EWGS, DAQ, LBT, LSQPlus, PACT, DoReFa, Calibrated)
+WEIGHTS = (
+    LSQWeight,
+    MinMaxWeight,
+    EWGSWeight,
+    DAQWeight,
+    LBTWeight,
+    LSQPlusWeight,
+    SAWBWeight,
+    DoReFaWeight,
+    CalibratedWeight,
+)
 PAIRS = (*zip(WEIGHTS, INPUTS, strict=True), (N2UQWeight, N2UQ))  # the last has no 8 bits
 
 
@@ -34,7 +45,7 @@ def test_input_quantizers_obey_the_laws(kind, bits):
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("kind", WEIGHTS)
 def test_weight_quantizers_obey_the_laws(kind, bits):
-    check_quantizer(lambda: kind(bits), for_weights=True, idempotent=kind in (LSQWeight, LBTWeight))
+    check_quantizer(lambda: kind(bits), for_weights=True, idempotent=kind in (LSQWeight, LBTWeight, CalibratedWeight))
 
 
 def test_one_step_for_all_channels_obeys_the_laws():

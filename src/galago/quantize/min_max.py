@@ -24,53 +24,13 @@ in the range of those before it, which then follows it: so a compiled step reads
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from galago.quantize.blocks import extremes
-from galago.quantize.quantizer import Grid, Quantizer, along, check_bits, integer_range
+from galago.quantize.quantizer import Grid, Quantizer, along, check_bits, integer_range, straight_through
 
 SMALLEST_SCALE = 1e-8
-
-
-def straight_through(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
-    """`scale * (clip(round(x / scale) + zero_point, low, high) - zero_point)`; gradient 1 where nothing is clipped.
-
-    >>> x = torch.tensor([0.6, -9.0], requires_grad=True)
-    >>> y = straight_through(x, torch.tensor(0.5), torch.tensor(1.0), 0, 3)
-    >>> y.sum().backward()
-    >>> y.tolist(), x.grad.tolist()
-    ([0.5, -0.5], [1.0, 0.0])
-    """
-    rounded: Tensor = _StraightThrough.apply(x, scale, zero_point, low, high)
-    return rounded
-
-
-class _StraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
-        ctx.save_for_backward(x, scale, zero_point)
-        ctx.low, ctx.high = low, high
-        wide = x.to(torch.promote_types(x.dtype, scale.dtype))
-        codes = (wide / scale).round_().add_(zero_point).clamp_(low, high)
-        return codes.sub_(zero_point).mul_(scale).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, zero_point = (saved.detach() for saved in ctx.saved_tensors)
-        codes = (x.to(torch.promote_types(x.dtype, scale.dtype)) / scale).round_().add_(zero_point)
-        return unclipped(grads[0].to(codes.dtype), codes, ctx.low, ctx.high).to(x.dtype), None, None, None, None
-
-
-def unclipped(grad: Tensor, codes: Tensor, low: int, high: int) -> Tensor:
-    """`grad` where whole-numbered `codes` lie between `low` and `high`, 0 elsewhere."""
-    if torch.compiler.is_compiling():  # no comparison, whose result the compiler would store, slowly, as booleans
-        return grad * (1 - (codes - codes.clamp(low, high)).abs().clamp(max=1))
-    # One pass that is zero on or beyond two numbers: those next to the ends.
-    kept: Tensor = torch.ops.aten.hardtanh_backward(grad, codes, low - 1, high + 1)
-    return kept
 
 
 @torch.library.custom_op("galago::held", mutates_args=())
