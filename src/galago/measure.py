@@ -1,7 +1,8 @@
 """Measuring a finished run: its model or the file made from it, with the same probes; speeds side by side.
 
 Everything lands in the run's folder: metrics.json (numbers by model and file), predictions/*.npz (outputs and targets,
-so that further figures need no second pass), layers.json (bits, cost and error layer by layer) and latency.json.
+so that further figures need no second pass), layers.json (bits, cost and error layer by layer), sensitivity.json (what
+each layer's rounding costs, where the recipe lists that probe) and latency.json.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from galago.probe import Deployed, OutputProbe, Outputs, TaskMetrics, collect
 from galago.probes.calibration import Calibration
 from galago.probes.cost import Cost, cost_table
 from galago.probes.latency import Timing, compare
+from galago.probes.sensitivity import Sensitivity
 from galago.probes.size import Size
 from galago.recipe import Parts, parts_of
 from galago.run import Run, atomic, load, normalization_of, read_json, write_json
@@ -54,6 +56,9 @@ def measure_run(
     _keep(files, name, outputs)
     if artifact is None:
         write_json(files.folder / "layers.json", layer_rows(network, model, parts, files))
+        for probe in parts.probes:
+            if isinstance(probe, Sensitivity) and (table := probe.table(model, parts.task, parts.data)):
+                write_json(files.folder / "sensitivity.json", table)
     return numbers
 
 
