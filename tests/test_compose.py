@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 from itertools import permutations
+from pathlib import Path
+from tempfile import mkdtemp
 
 import pytest
 import torch
@@ -14,22 +17,35 @@ from galago.catalogue import ideas
 from galago.distill.logits import DistillLogits
 from galago.laws.trial import TinyImages, Trial, classify, clone, exported, tiny_network
 from galago.method import Method
-from galago.quantize.ewgs import EWGS, EWGSWeight
+from galago.quantize.ewgs import EWGS
 from galago.quantize.lbt import AdaptiveInterval
+from galago.quantize.lsq import LSQWeight
 from galago.quantize.min_max import MinMax
 from galago.quantize.quantize import Quantize
 from galago.quantize.quantize_gradient import QuantizeGradient
+from galago.quantize.two_steps import StartFrom
+from galago.run import Run
 from galago.trainer import finish
 
 # Methods that need arguments, and methods that need another before them. All others are found and made by themselves.
 GIVEN: dict[str, Callable[[], Method]] = {
     "DistillLogits": lambda: DistillLogits(tiny_network()),
-    "Quantize": lambda: Quantize(EWGSWeight(4), EWGS(4), stream=MinMax(8)),
+    "Quantize": lambda: Quantize(LSQWeight(4), EWGS(4), stream=MinMax(8)),
     "QuantizeGradient": lambda: QuantizeGradient(AdaptiveInterval(4, alpha=0.3)),
+    "StartFrom": lambda: StartFrom(finished_run()),
 }
-BEFORE = {"EWGSDelta": "Quantize", "StatAssist": "Quantize"}
+BEFORE = {"EWGSDelta": "Quantize", "GPTQ": "Quantize", "SignFlips": "Quantize", "StatAssist": "Quantize"}
+FIRST = {"Equalize", "Smooth"}  # which change the float network
 METHODS = {idea.name: idea.class_path for idea in ideas() if idea.kind == "method"}
 PAIRS = sorted(permutations(METHODS, 2))
+
+
+@cache
+def finished_run() -> Path:
+    """A run of the network that is trained here, for methods that need one."""
+    run = Run(mkdtemp())
+    run.save_model(tiny_network(), TinyImages().normalize)
+    return run.folder
 
 
 def make(name: str) -> Method:
@@ -50,7 +66,8 @@ def sample() -> list[tuple[str, str]]:
 
 
 def trial(*names: str) -> Trial:
-    wanted = [name for one in names for name in (BEFORE.get(one), one) if name is not None]
+    ordered = sorted(names, key=lambda name: name not in FIRST)
+    wanted = [name for one in ordered for name in (BEFORE.get(one), one) if name is not None]
     return Trial(tiny_network, classify(), TinyImages(), lambda: [make(name) for name in dict.fromkeys(wanted)])
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from galago.layers import Flow, find
+from galago.layers import Flow, Wrapper, find, swap
 
 CLIPS = frozenset(("relu", "hardtanh", "clamp", "clamp_min"))
 
@@ -45,6 +45,74 @@ def scaling_of(norm: nn.Module) -> Scaling:
     beta = torch.zeros_like(mean) if norm.bias is None else norm.bias.detach().double()
     factor = gamma / (variance + norm.eps).sqrt()
     return Scaling(factor, beta - mean * factor)
+
+
+class FoldedNorm(Wrapper):
+    """What is left of a BatchNorm whose factor went into the layer before it: a bias, in training as well.
+
+    Args:
+        layer: the BatchNorm, which does not normalize by the batch any more.
+
+    Attributes:
+        mean: of each channel that it gives out, as far as its training tells (a normal distribution).
+        deviation: the standard deviation, likewise.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__(layer)
+        assert isinstance(layer.running_mean, Tensor)
+        self.register_buffer("mean", torch.zeros_like(layer.running_mean))
+        self.register_buffer("deviation", torch.ones_like(layer.running_mean))
+        self.train(layer.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.layer(x)
+        return output
+
+    def train(self, mode: bool = True) -> FoldedNorm:
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, _BatchNorm):
+                module.training = False
+        return self
+
+
+@torch.no_grad()
+def fold_norm(network: nn.Module, path: str, norm_path: str) -> nn.Module:
+    """Puts a BatchNorm's factor into the weight of the layer before it, so that a bias is left of it.
+
+    Args:
+        network: changed in place; the same, or what stands in its place, comes back.
+        path: of the layer, whose weight's first axis is that of its output channels.
+        norm_path: of the BatchNorm that alone reads it.
+    """
+    layer, norm = find(network, path), find(network, norm_path)
+    assert isinstance(norm, _BatchNorm)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    factor, shift = scaling_of(norm)
+    left = find(network, norm_path.rpartition(".")[0])
+    if not isinstance(left, FoldedNorm):  # else it was folded before
+        left = FoldedNorm(norm)
+        left.mean.copy_(torch.zeros(()) if norm.bias is None else norm.bias)
+        left.deviation.copy_(torch.ones(()) if norm.weight is None else norm.weight.abs())
+        network = swap(network, norm_path, left)
+    weight, bias = layer.get_parameter("weight"), layer._parameters.get("bias")
+    if bias is not None:
+        shift = shift + bias.double() * factor
+        bias.zero_()
+    weight.copy_(weight.double() * factor.view(-1, *[1] * (weight.ndim - 1)))
+    norm.running_var.fill_(1 - norm.eps)
+    if norm.bias is None:  # then it has no weight either
+        norm.running_mean.copy_(-shift)
+    else:
+        norm.running_mean.zero_()
+        norm.weight.fill_(1.0)
+        norm.bias.copy_(shift)
+    return network
 
 
 def following_norm(network: nn.Module, seen: Flow, path: str) -> str | None:
