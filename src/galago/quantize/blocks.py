@@ -55,6 +55,18 @@ def inner_product(a: Tensor, b: Tensor) -> Tensor:
     return torch.dot(flat(a, order), flat(b, order))
 
 
+def kept_inside(grad: Tensor, x: Tensor, low: float, high: float) -> Tensor:
+    """`grad` where `low < x < high`, 0 elsewhere.
+
+    >>> kept_inside(torch.tensor([2.0, 2.0, 2.0]), torch.tensor([0.0, 0.5, 1.0]), 0, 1)
+    tensor([0., 2., 0.])
+    """
+    if torch.compiler.is_compiling():  # no comparison, whose result the compiler would store, slowly, as booleans
+        return grad * ((x - low) * (high - x)).sign().clamp(min=0)
+    kept: Tensor = torch.ops.aten.hardtanh_backward(grad, x, low, high)  # one pass
+    return kept
+
+
 def extremes(x: Tensor) -> tuple[Tensor, Tensor]:
     """Smallest and largest element, scalars."""
     if torch.compiler.is_compiling():

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from galago.quantize.blocks import in_blocks
+from galago.quantize.blocks import in_blocks, kept_inside
 from galago.quantize.quantizer import (
     Grid,
     OwnRates,
@@ -76,8 +76,7 @@ class _ClippedRound(torch.autograd.Function):
 
         def compute(x: Tensor, grad: Tensor) -> tuple[Tensor]:
             place = x.to(torch.promote_types(x.dtype, bound.dtype)) / bound
-            # One pass that is zero on or beyond two numbers.
-            return (torch.ops.aten.hardtanh_backward(grad.to(place.dtype), place, 0, 1),)
+            return (kept_inside(grad.to(place.dtype), place, 0, 1),)
 
         (grad_x,) = in_blocks(compute, x, grads[0])
         return grad_x.to(x.dtype), None, None
