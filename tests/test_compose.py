@@ -34,7 +34,13 @@ GIVEN: dict[str, Callable[[], Method]] = {
     "QuantizeGradient": lambda: QuantizeGradient(AdaptiveInterval(4, alpha=0.3)),
     "StartFrom": lambda: StartFrom(finished_run()),
 }
-BEFORE = {"EWGSDelta": "Quantize", "GPTQ": "Quantize", "SignFlips": "Quantize", "StatAssist": "Quantize"}
+BEFORE = {
+    "CorrectBias": "Quantize",
+    "EWGSDelta": "Quantize",
+    "GPTQ": "Quantize",
+    "SignFlips": "Quantize",
+    "StatAssist": "Quantize",
+}
 FIRST = {"Equalize", "Smooth"}  # which change the float network
 METHODS = {idea.name: idea.class_path for idea in ideas() if idea.kind == "method"}
 PAIRS = sorted(permutations(METHODS, 2))

@@ -31,8 +31,9 @@ BASES = {
     "augment": {"mixing"},
     "datasets": {"augmentation", "download", "image_files", "images", "listing", "loading", "source"},
     "models": {"weights"},
-    "quantize": {"blocks", "calibration", "fold", "graph", "inventory", "layer", "patterns", "placement", "plan"}
-    | {"learned_step", "quantizer", "ranges", "reconstruction", "rest", "rounding", "settle"},
+    "quantize": {"blocks", "calibration", "columns", "fold", "graph", "inventory", "layer", "learned_step", "patterns"}
+    | {"placement", "plan", "quantizer", "ranges", "reconstruction", "rest", "rounding", "settle", "soft_rounding"}
+    | {"moments", "units"},
 }
 # The promise of every quantizer: what is quantized can be recognized anywhere.
 PROMISE = {"quantize.quantizer", "quantize.gradient_quantizer", "quantize.layer", "quantize.fold"}
