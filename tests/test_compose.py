@@ -20,7 +20,6 @@ from galago.method import Method
 from galago.quantize.ewgs import EWGS
 from galago.quantize.lbt import AdaptiveInterval
 from galago.quantize.lsq import LSQWeight
-from galago.quantize.lsq import LSQWeight
 from galago.quantize.min_max import MinMax
 from galago.quantize.quantize import Quantize
 from galago.quantize.quantize_gradient import QuantizeGradient
