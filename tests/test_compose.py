@@ -17,7 +17,10 @@ from galago.catalogue import ideas
 from galago.distill.logits import DistillLogits
 from galago.laws.trial import TinyImages, Trial, classify, clone, exported, tiny_network
 from galago.method import Method
+from galago.quantize.adaround import AdaRound
+from galago.quantize.brecq import BRECQ
 from galago.quantize.ewgs import EWGS
+from galago.quantize.few_images import FewImages
 from galago.quantize.lbt import AdaptiveInterval
 from galago.quantize.lsq import LSQWeight
 from galago.quantize.min_max import MinMax
@@ -29,14 +32,20 @@ from galago.trainer import finish
 
 # Methods that need arguments, and methods that need another before them. All others are found and made by themselves.
 GIVEN: dict[str, Callable[[], Method]] = {
+    "AdaRound": lambda: AdaRound(iterations=2, batches=1),
+    "BRECQ": lambda: BRECQ(iterations=2, scale_iterations=2, batches=1),
     "DistillLogits": lambda: DistillLogits(tiny_network()),
+    "FewImages": lambda: FewImages(iterations=2, batches=1),
     "Quantize": lambda: Quantize(LSQWeight(4), EWGS(4), stream=MinMax(8)),
     "QuantizeGradient": lambda: QuantizeGradient(AdaptiveInterval(4, alpha=0.3)),
     "StartFrom": lambda: StartFrom(finished_run()),
 }
 BEFORE = {
+    "AdaRound": "Quantize",
+    "BRECQ": "Quantize",
     "CorrectBias": "Quantize",
     "EWGSDelta": "Quantize",
+    "FewImages": "Quantize",
     "GPTQ": "Quantize",
     "SignFlips": "Quantize",
     "StatAssist": "Quantize",
