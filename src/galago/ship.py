@@ -9,7 +9,6 @@ from pathlib import Path
 from galago import recipe
 from galago.console import say
 from galago.deploy import onnx, openvino
-from galago.deploy.integer import lower
 from galago.deploy.report.report import write_report
 from galago.deploy.verify import show, verify_run
 from galago.measure import measure_latency, measure_run
@@ -63,8 +62,9 @@ def export_run(run: Path, float_image: bool = False, allow: Sequence[str] = ()) 
     files, network = Run(run), load(run, allow)
     parts = recipe.parts_of(files, allow)
     normalize, example = normalization_of(network), parts.data.example()
-    integer = Deployed(lower(network, normalize(example)), normalize, parts.task)
-    onnx.export(integer, example, files.onnx, float_image)
-    openvino.export(integer, example, files.openvino, float_image)
+    integer = onnx.lowered(Deployed(network, normalize, parts.task), example)
+    model = onnx.build(integer, example, float_image)
+    openvino.write(model, files.openvino)
+    onnx.write(model, integer, files.onnx)
     written = (files.onnx, files.openvino, files.openvino.with_suffix(".bin"))
     return {str(path): path.stat().st_size for path in written}

@@ -56,6 +56,12 @@ class IntegerStream(nn.Module):
         codes: Tensor = quantize(x, self.encoder_scale, self.encoder_offset, self.zero_point, 0, self.high)
         return codes
 
+    def places(self, x: Tensor) -> Tensor | None:
+        """Where values lie between codes, in steps, before rounding; None for an encoder that does not round."""
+        if self.quantizer is not None:
+            return None
+        return (x if self.encoder_offset is None else x - self.encoder_offset) / self.encoder_scale
+
     def forward(self, x: Tensor) -> Tensor:
         values: Tensor = dequantize(self.codes(x), self.scale, self.zero_point, None)
         return values

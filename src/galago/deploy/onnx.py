@@ -91,7 +91,17 @@ def export(
         UserError: the network cannot be exported; the layer is named.
     """
     deployed = lowered(deployed, example)
-    model = build(deployed, example, float_image)
+    return write(build(deployed, example, float_image), deployed, path, packed, about)
+
+
+def write(
+    model: onnx.ModelProto,
+    deployed: Deployed,
+    path: Path,
+    packed: bool = True,
+    about: Mapping[str, str] | None = None,
+) -> Path:
+    """Writes the ONNX file of a model that `build` made of a lowered network; changes the model. Arguments as above."""
     if packed:
         model = pack(model, integer_layers(deployed))
     for key, value in (about or {}).items():

@@ -5,10 +5,12 @@ PyTorch, so this shows that lowering changed nothing), and the integer module ag
 streams are read out. Each asks two questions:
 
 1. *Layer by layer, on equal inputs.* The integer module is run with the other's codes put in at every stream, so that
-   each layer is compared on the very input that the other had. Where a value lies exactly between two codes, one may
-   round it up and the other down (engines multiply by a reciprocal where PyTorch divides, biases are rounded to 32
-   bits): at least 99 % of a layer's codes must be equal, and at least 99.99 % within one step of the grid (design
-   choices; typical files have 99.99 % equal and nothing beyond one step).
+   each layer is compared on the very input that the other had. Where a value lies halfway between two codes, within a
+   thousandth of a step, one may round it up and the other down (engines multiply by a reciprocal where PyTorch
+   divides): such a difference is a tie and no disagreement. Of the other codes of a layer at least 99 % must be equal
+   (biases are rounded to 32 bits), and of all at least 99.99 % within one step of the grid (design choices; typical
+   files have 99.99 % equal and nothing beyond one step). Ties are rare unless scales are in simple proportions, as
+   in a network fresh from its initialization, whose branches are zero.
 2. *From image to decision*, each on its own: every metric of the task within 0.1 point, and the same decision on at
    least 99.9 % of the images between trained model and integer module, on at least 99.5 % between integer module and
    engine (design choice: a tie that an engine breaks the other way may grow into another decision in a network of few
@@ -47,6 +49,7 @@ from galago.task import Task
 
 EQUAL, WITHIN_ONE = 0.99, 0.9999  # shares of a layer's codes
 AGREEMENT, ENGINE = 0.999, 0.995  # shares of equal decisions: with the trained model; of an engine
+TIE = 1e-3  # steps from halfway between two codes
 METRIC = 0.001  # largest difference of a metric: 0.1 point
 
 Codes = dict[str, Tensor]  # by path of the integer stream, in order of execution
@@ -58,6 +61,7 @@ class LayerParity(NamedTuple):
 
     layer: str
     equal: float
+    tied: float  # not equal, but one step apart where the value lies halfway
     within_one: float
     largest_steps: int
 
@@ -72,7 +76,7 @@ class Counts:
 
     def __init__(self, integer: Deployed, task: Task) -> None:
         self.integer, self.task = integer, task
-        self.layers: dict[str, list[int]] = {}  # codes, equal ones, those within a step, largest difference
+        self.layers: dict[str, list[int]] = {}  # codes, equal ones, ties, those within a step, largest difference
         self.missing: list[str] = []
         self.outputs: tuple[list[Tensor], list[Tensor]] = ([], [])
         self.targets: list[Tensor] = []
@@ -82,15 +86,17 @@ class Counts:
         for kept, output in zip(self.outputs, (reference, found[0]), strict=True):
             kept.append(output.float())
         self.targets.append(target)
-        own = look_into_integer(self.integer, image, instead=found[1])[1]
+        halfway: Codes = {}
+        own = look_into_integer(self.integer, image, instead=found[1], halfway=halfway)[1]
         self.missing = [name for name in own if name not in found[1]]
         for name in own.keys() & found[1].keys():
             steps = (own[name].int() - found[1][name].int()).abs()
-            count = self.layers.setdefault(name, [0, 0, 0, 0])
+            count = self.layers.setdefault(name, [0, 0, 0, 0, 0])
             count[0] += steps.numel()
             count[1] += int((steps == 0).sum())
-            count[2] += int((steps <= 1).sum())
-            count[3] = max(count[3], int(steps.max()))
+            count[2] += int(((steps == 1) & halfway[name]).sum()) if name in halfway else 0
+            count[3] += int((steps <= 1).sum())
+            count[4] = max(count[4], int(steps.max()))
 
     def verdict(self, order: Sequence[str], agreeing: float) -> dict[str, Any]:
         """Everything compared, as plain data, with whether it passed."""
@@ -100,8 +106,9 @@ class Counts:
         metrics = [TaskMetrics().score(Outputs(output, target), self.task) for output in (first, second)]
         difference = max(abs(metrics[0][name] - metrics[1][name]) for name in metrics[0])
         known = [(name, self.layers[name]) for name in order if name in self.layers]
-        layers = [LayerParity(name, c[1] / c[0], c[2] / c[0], c[3]) for name, c in known]
-        broken = [row.layer for row in layers if row.equal < EQUAL or row.within_one < WITHIN_ONE] + self.missing
+        layers = [LayerParity(name, c[1] / c[0], c[2] / c[0], c[3] / c[0], c[4]) for name, c in known]
+        broken = [row.layer for row in layers if row.equal + row.tied < EQUAL or row.within_one < WITHIN_ONE]
+        broken += self.missing
         one = 1 / len(target)  # of few images, one may differ: a smaller share cannot be told from none
         agrees = 1 - agreement <= max(1 - agreeing, one) + 1e-6 and difference <= max(METRIC, one) + 1e-6
         return {
@@ -167,19 +174,24 @@ def compare(trained: Deployed, artifacts: dict[str, Path], parts: Parts, images:
     return {"passed": all(verdict["passed"] for verdict in verdicts.values()), "images": seen, **verdicts}
 
 
-def look_into_integer(integer: Deployed, image: Tensor, instead: Codes | None = None) -> tuple[Tensor, Codes]:
+def look_into_integer(
+    integer: Deployed, image: Tensor, instead: Codes | None = None, halfway: Codes | None = None
+) -> tuple[Tensor, Codes]:
     """Output of the integer module and the codes of its streams.
 
     Args:
         integer: the module.
         image: raw images.
         instead: codes to go on with behind each stream in place of the module's own, which are returned all the same.
+        halfway: is filled with which values of each stream lie between two codes, where its encoder rounds.
     """
     codes: Codes = {}
 
     def keep(path: str) -> Callable[..., Tensor | None]:
         def hook(stream: IntegerStream, inputs: tuple[Tensor], output: Tensor) -> Tensor | None:
             codes[path] = stream.codes(inputs[0])
+            if halfway is not None and (places := stream.places(inputs[0])) is not None:
+                halfway[path] = ((places - places.floor()) - 0.5).abs() < TIE
             if instead is None or path not in instead:
                 return None
             values: Tensor = dequantize(instead[path], stream.scale, stream.zero_point, None)

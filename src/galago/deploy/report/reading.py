@@ -55,6 +55,28 @@ class LayerNote(NamedTuple):
     note: str
 
 
+class LayerLoss(NamedTuple):
+    """What one layer's rounding costs; accuracies of None were not measured."""
+
+    path: str
+    alone: float  # distance of the outputs from those in float, when it alone is quantized
+    all_but: float  # likewise, when it alone is not
+    alone_accuracy: float | None
+    all_but_accuracy: float | None
+    snr_db: float | None  # of its own output
+
+
+class Losses(NamedTuple):
+    """sensitivity.json; without rows where there is none."""
+
+    measure: str  # of the distance: kl or mse
+    images: float | None
+    all: float | None
+    all_accuracy: float | None
+    float_accuracy: float | None
+    rows: list[LayerLoss]
+
+
 @dataclass(frozen=True)
 class Record:
     """A run's folder as plain values. Empty means: not there."""
@@ -71,6 +93,7 @@ class Record:
     image: str  # what was timed, such as 3×32×32
     advice: str
     layers: list[LayerNote]
+    losses: Losses
     verification: dict[str, Any]
     predictions: dict[str, Predictions]
 
@@ -133,6 +156,7 @@ def read_record(folder: Path) -> Record:
         image=text(latency.get("image")),
         advice=text(latency.get("advice"), 400),
         layers=[_layer(row) for row in _rows(_json(run.folder / "layers.json"), ROWS)],
+        losses=_losses(_mapping(run.folder / "sensitivity.json")),
         verification=_mapping(run.verification),
         predictions=read_predictions(run.folder / "predictions"),
     )
@@ -236,3 +260,31 @@ def _layer(row: Mapping[str, Any]) -> LayerNote:
     )
     onnxruntime, openvino, note = (text(row.get(key)) for key in ("onnxruntime", "openvino", "note"))
     return LayerNote(path, kind, shape, weight, given, macs, error, onnxruntime, openvino, note)
+
+
+def _losses(content: Mapping[str, Any]) -> Losses:
+    listed = _rows(content.get("layers"), ROWS)
+    measure = "kl" if all(_part(row, "alone", "kl") is not None for row in listed) else "mse"
+    found = [_loss(row, measure) for row in listed]
+    whole = _part(content, "all", measure)
+    return Losses(
+        measure=measure,
+        images=number(content.get("images")),
+        all=None if whole is None else max(whole, 0),
+        all_accuracy=_part(content, "all", "accuracy"),
+        float_accuracy=_part(content, "float", "accuracy"),
+        rows=[loss for loss in found if loss is not None],
+    )
+
+
+def _loss(row: Mapping[str, Any], measure: str) -> LayerLoss | None:
+    alone, all_but = (_part(row, side, measure) for side in ("alone", "all_but"))
+    if alone is None or all_but is None:
+        return None
+    own, other = (_part(row, side, "accuracy") for side in ("alone", "all_but"))
+    return LayerLoss(text(row.get("path")), max(alone, 0), max(all_but, 0), own, other, number(row.get("snr_db")))
+
+
+def _part(content: Mapping[str, Any], side: str, name: str) -> float | None:
+    numbers = content.get(side)
+    return number(numbers.get(name)) if isinstance(numbers, dict) else None

@@ -48,6 +48,8 @@ LABELS = {
     "mean_weight_bits": "Mean bits of a weight",
     "weight_bytes": "Bytes of the weights, packed",
     "file_mb": "Size on disk",
+    "quantization_kl": "Divergence from itself in float (KL, nats)",
+    "quantization_db": "Output against itself in float (dB)",
 }
 
 
@@ -108,7 +110,12 @@ def _contents(record: Record, against: Record | None, cost: Cost | None) -> dict
         "reliability": _reliability(record, against),
         "scores": _scores(record),
         "bars": plots.latency_bars(record),
-        "layers": _drawn(layers.layer_bits(record.layers), layers.layer_errors(record.layers)),
+        "layers": _drawn(
+            layers.layer_bits(record.layers),
+            layers.layer_errors(record.layers),
+            layers.losses_alone(record.losses, record.layers),
+            layers.losses_all_but(record.losses, record.layers),
+        ),
         "training": _drawn(training.loss_curves(record), training.accuracy_curve(record, against)),
         "parity": parity.verdicts(record),
         "codes": parity.codes(record),
