@@ -24,6 +24,7 @@ from galago.quantize.few_images import FewImages
 from galago.quantize.lbt import AdaptiveInterval
 from galago.quantize.lsq import LSQWeight
 from galago.quantize.min_max import MinMax
+from galago.quantize.mixed_precision import MixedPrecision
 from galago.quantize.quantize import Quantize
 from galago.quantize.quantize_gradient import QuantizeGradient
 from galago.quantize.two_steps import StartFrom
@@ -36,6 +37,7 @@ GIVEN: dict[str, Callable[[], Method]] = {
     "BRECQ": lambda: BRECQ(iterations=2, scale_iterations=2, batches=1),
     "DistillLogits": lambda: DistillLogits(tiny_network()),
     "FewImages": lambda: FewImages(iterations=2, batches=1),
+    "MixedPrecision": lambda: MixedPrecision(mean_weight_bits=6, widths=(4, 8), edges=True),
     "Quantize": lambda: Quantize(LSQWeight(4), EWGS(4), stream=MinMax(8)),
     "QuantizeGradient": lambda: QuantizeGradient(AdaptiveInterval(4, alpha=0.3)),
     "StartFrom": lambda: StartFrom(finished_run()),
@@ -47,6 +49,7 @@ BEFORE = {
     "EWGSDelta": "Quantize",
     "FewImages": "Quantize",
     "GPTQ": "Quantize",
+    "MixedPrecision": "Quantize",
     "SignFlips": "Quantize",
     "StatAssist": "Quantize",
 }

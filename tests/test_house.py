@@ -33,7 +33,7 @@ BASES = {
     "models": {"weights"},
     "quantize": {"blocks", "calibration", "columns", "fold", "graph", "inventory", "layer", "learned_step", "patterns"}
     | {"placement", "plan", "quantizer", "ranges", "reconstruction", "rest", "rounding", "settle", "soft_rounding"}
-    | {"moments", "units"},
+    | {"moments", "units", "budget", "sensitivity"},
 }
 # The promise of every quantizer: what is quantized can be recognized anywhere.
 PROMISE = {"quantize.quantizer", "quantize.gradient_quantizer", "quantize.layer", "quantize.fold"}
