@@ -50,6 +50,7 @@ def fill(folder: Path, bits: int | None = 4, layers: int = 20) -> Path:
     if bits:
         put(folder, "latency.json", {"image": "3×32×32", "rows": timings(), "advice": ADVICE})
         put(folder, "verify.json", verification(layers))
+        put(folder, "sensitivity.json", sensitivity(layers))
     return folder
 
 
@@ -191,6 +192,22 @@ def layer_row(place: int, bits: int | None, layers: int) -> dict[str, Any]:
         "openvino": None if here is None else "jit_avx512_core_amx_I8",
         "note": "" if here else "float: no method quantizes it",
     }
+
+
+def sensitivity(layers: int) -> dict[str, Any]:
+    """The seventh layer suffers most alone, and the streams, which come last, little."""
+
+    def numbers(kl: float) -> dict[str, float]:
+        return {"accuracy": 0.9 - kl / 2, "kl": kl, "mse": 40 * kl, "db": 12.0}
+
+    costs = [0.012 if place == 6 else 0.002 + 0.0005 * (place % 5) for place in range(layers)]
+    rows = [
+        {"path": layer_row(place, 4, layers)["path"], "snr_db": 20.0, "alone": numbers(cost)}
+        | {"all_but": numbers(0.1 - cost)}
+        for place, cost in enumerate(costs)
+    ]
+    streams = {"path": "streams", "snr_db": None, "alone": numbers(0.001), "all_but": numbers(0.0995)}
+    return {"images": 256, "float": numbers(0.0), "all": numbers(0.1), "layers": [*rows, streams]}
 
 
 def verification(layers: int) -> dict[str, Any]:

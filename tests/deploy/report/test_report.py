@@ -73,6 +73,8 @@ def test_a_full_run_shows_every_plot_and_table(write_run: Write) -> None:
         "Reliability: resnet20, after",
         "Bits of each layer",
         "Rounding error of each layer",
+        "Each layer quantized alone",
+        "Each layer alone left in float",
         "Losses while training",
         "Accuracy while training",
     ]
@@ -196,7 +198,7 @@ def test_hostile_names_are_text_wherever_they_stand(write_run: Write) -> None:
     run = write_run("student")
     (run / "recipe.yaml").write_text(json.dumps({"model": {"class_path": HOSTILE}, HOSTILE: HOSTILE}))
     put(run, "run.json", {"command": HOSTILE, "device": HOSTILE, "versions": {HOSTILE: HOSTILE}})
-    for name in ("layers.json", "latency.json", "verify.json"):
+    for name in ("layers.json", "latency.json", "verify.json", "sensitivity.json"):
         put(run, name, poisoned(json.loads((run / name).read_text())))
     metrics = json.loads((run / "metrics.json").read_text())
     metrics["model"][HOSTILE] = 1.0
@@ -227,7 +229,16 @@ def test_a_run_folder_with_a_hostile_name_is_escaped(tmp_path: Path, write_run: 
 
 
 @pytest.mark.parametrize(
-    "name", ["run.json", "metrics.json", "latency.json", "layers.json", "verify.json", "architecture.json"]
+    "name",
+    [
+        "run.json",
+        "metrics.json",
+        "latency.json",
+        "layers.json",
+        "verify.json",
+        "architecture.json",
+        "sensitivity.json",
+    ],
 )
 @pytest.mark.parametrize(
     "content", [b"{", b"\xff\xfe", b"[" * 100_000, b'{"a": ' + b"9" * 5000 + b"}"], ids=["cut", "bytes", "deep", "long"]
@@ -239,7 +250,9 @@ def test_a_damaged_json_file_is_named(write_run: Write, name: str, content: byte
         write_report(run)
 
 
-@pytest.mark.parametrize("name", ["metrics.json", "latency.json", "layers.json", "verify.json", "run.json"])
+@pytest.mark.parametrize(
+    "name", ["metrics.json", "latency.json", "layers.json", "verify.json", "run.json", "sensitivity.json"]
+)
 @pytest.mark.parametrize(
     "content",
     [
@@ -259,7 +272,7 @@ def test_unexpected_content_never_breaks_the_page(write_run: Write, name: str, c
     assert Page(write_report(run, other).read_text()).crossed == []
 
 
-@pytest.mark.parametrize("name", ["run.json", "metrics.json", "latency.json", "verify.json"])
+@pytest.mark.parametrize("name", ["run.json", "metrics.json", "latency.json", "verify.json", "sensitivity.json"])
 def test_a_list_where_a_mapping_belongs_is_named(write_run: Write, name: str) -> None:
     run = write_run("student")
     put(run, name, [1])
