@@ -75,6 +75,8 @@ class Quantize(Method):
         keep: patterns of module paths or type names (`head`, `SqueezeExcite`); everything inside stays float.
         stream: prototype of the quantizers of what modules give out, 8 bits as a rule; none leaves results float.
         batches: how many training batches the ranges are set on.
+        reduce_range: 7 bits for weights that would have 8 and meet 8-bit inputs, so that the sums of older x86
+            processors cannot overflow (`galago.probes.saturation`) and the file has one accuracy everywhere.
     """
 
     weight: Quantizer | None
@@ -94,6 +96,7 @@ class Quantize(Method):
         keep: Sequence[str] = (),
         stream: Quantizer | None = None,
         batches: int = 1,
+        reduce_range: bool = False,
     ) -> None:
         super().__init__()
         if stream is not None and stream.normalized:
@@ -103,6 +106,7 @@ class Quantize(Method):
         # Prototypes are patterns, not parts: not registered, so that they neither train nor enter checkpoints.
         self.__dict__.update(weight=weight, input=input, stream=stream, edge_weight=edge_weight, edge_input=edge_input)
         self.edge_bits, self.rules, self.keep, self.batches = edge_bits, tuple(rules), tuple(keep), batches
+        self.reduce_range = reduce_range
         self._rows: tuple[Row, ...] = ()
         self._example: Tensor | None = None
 
@@ -159,6 +163,9 @@ class Quantize(Method):
             else self._choose(path, modules, edges)
             for path, layer in layers.items()
         }
+        for choice in choices.values() if self.reduce_range else ():
+            if choice.weight and choice.input and choice.weight.bits == choice.input.bits == 8:
+                choice.weight.bits = 7
         return Plan(graph, modules, choices, self._streams(graph, modules, choices), self.stream)
 
     def _choose(self, path: str, modules: dict[str, nn.Module], edges: set[str]) -> Choice:
