@@ -46,10 +46,13 @@ BEFORE = {
     "AdaRound": "Quantize",
     "BRECQ": "Quantize",
     "CorrectBias": "Quantize",
+    "DampenOscillations": "Quantize",
     "EWGSDelta": "Quantize",
     "FewImages": "Quantize",
+    "FreezeOscillations": "Quantize",
     "GPTQ": "Quantize",
     "MixedPrecision": "Quantize",
+    "ReestimateNorm": "Quantize",
     "SignFlips": "Quantize",
     "StatAssist": "Quantize",
 }
