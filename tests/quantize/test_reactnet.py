@@ -319,6 +319,9 @@ def test_a_binary_network_trains_and_both_files_say_what_it_says(tmp_path, edges
     torch.testing.assert_close(answer, net(data.normalize(image)).detach(), rtol=1e-2, atol=1e-2)
     for engine in (OnnxRuntime(tmp_path / "model.onnx"), OpenVINO(tmp_path / "model.xml")):
         torch.testing.assert_close(engine(image), answer, rtol=1e-3, atol=1e-3)
+    convolutions = [made.kernel for made in engine.operations() if made.kind == "Convolution"]
+    integers = sum("I8" in kernel for kernel in convolutions)
+    assert integers == (6 if edges else 0), "OpenVINO looks for integers only where some quantizer is affine"
 
 
 def test_a_binary_weight_takes_one_bit_in_the_file():

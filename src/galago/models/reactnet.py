@@ -15,8 +15,9 @@ doubles the channels its shortcut is there twice. `reactnet18`: ResNet-18 with a
 where a stage halves the image the shortcut is a mean over 2×2 pixels and a 1×1 convolution, which stays float. Both are
 for 224 pixels. `reactnet20`: the same with ResNet-20's three stages of 16, 32 and 64 channels, for 32 pixels.
 
-When to use it: for 1 bit; with ordinary networks binary weights and inputs lose far more. At 1000 classes `reactnet_a`
-has 28,253,184 weights in binary layers and 1,049,600 in its first and last, 4,816,896,000 binary operations an image.
+When to use it: for 1 bit. Ordinary networks lose far more (paper, ResNet-18 on ImageNet: XNOR-Net 51.2 %, ReActNet-18
+65.9 %). At 1000 classes `reactnet_a` has 28,253,184 weights in binary layers and 1,024,864 in its first and last, and
+does 4,816,896,000 binary operations an image.
 
 Recipe: recipes/quantize/reactnet_w1a1_cifar10.yaml.
 

@@ -18,10 +18,12 @@ settling. Hence two trainings, both with Adam and with a teacher's probabilities
 temperature 1 and task_weight 0, whose gradient is the paper's): first with binary inputs and real weights (`Quantize`
 with `weight: null`), with decay; then from there (`galago.quantize.two_steps`) with binary weights, without decay.
 
-When to use it: where the file has to be as small as can be, 1 bit a weight, and several points of accuracy may be
-given for it. Weights from scratch or from an ordinary network do not serve: begin with the first step. A training step
-costs little more than in float. Engines for processors have no kernels for bits: OpenVINO runs these layers on 8-bit
-integers, ONNX Runtime in float, since what is between them is real.
+When to use it: where the file has to be as small as can be, 1 bit a weight, and accuracy may be given for it (paper,
+ImageNet: 65.9 % for ReActNet-18, 70.5 % for ReActNet-A). Always begin with the first step: binary weights learn little
+from random ones. Training adds a comparison to each input, and to its gradient a product and a sum. Engines for
+processors have no kernels for bits. OpenVINO 2026.4 runs these layers on 8-bit integers, if the first or last layer is
+quantized too (without any affine quantizer in the file it does not look for integers); ONNX Runtime 1.31 runs them in
+float, since what is between them is real.
 
 Recipe: recipes/quantize/reactnet_w1a1_cifar10.yaml.
 

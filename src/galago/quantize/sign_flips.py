@@ -1,4 +1,4 @@
-"""Sign flips: what an optimizer does to the signs of weights, counted while it trains.
+"""AdamBNN, the study of optimizers: what they do to the signs of weights, counted while they train.
 
 The analysis of Liu, Shen, Li, Helwegen, Huang and Cheng, "How Do Adam and Training Strategies Help BNNs Optimization?",
 ICML 2021, arXiv:2106.11309: a binary network learns only by weights that change their sign. Too few such flips, and it

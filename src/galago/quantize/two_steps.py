@@ -1,4 +1,4 @@
-"""Two-step training: a network begins where a run of its easier form ended.
+"""AdamBNN / ReActNet, training in two steps: a network begins where a run of its easier form ended.
 
 Liu, Shen, Li, Helwegen, Huang and Cheng, "How Do Adam and Training Strategies Help BNNs Optimization?", ICML 2021,
 arXiv:2106.11309, and the ReActNet that they train (ECCV 2020, arXiv:2003.03488).
