@@ -52,6 +52,9 @@ def drop_defaults(node: ir.Node) -> None:
         return
     defined = onnx.defs.get_schema(node.op_type, node.graph.opset_imports[""]).attributes if node.graph else {}
     for name, attribute in list(node.attributes.items()):
+        if name in ("dilations", "strides") and set(attribute.as_ints()) == {1}:  # for every number of dimensions
+            del node.attributes[name]
+            continue
         usual = defined[name].default_value if name in defined else None
         if usual and usual.type == attribute.type.value and onnx.helper.get_attribute_value(usual) == plain(attribute):
             del node.attributes[name]

@@ -39,6 +39,7 @@ from onnxscript import opset21 as op
 from torch import Tensor, nn
 
 from galago.deploy import operators  # noqa: F401 - registers the operators
+from galago.deploy.compact import compact
 from galago.deploy.fuse import fuse
 from galago.deploy.integer import lower
 from galago.deploy.integer_layers import IntegerLayer, IntegerStream
@@ -103,7 +104,7 @@ def write(
 ) -> Path:
     """Writes the ONNX file of a model that `build` made of a lowered network; changes the model. Arguments as above."""
     if packed:
-        model = pack(model, integer_layers(deployed))
+        model = compact(pack(model, integer_layers(deployed)))
     for key, value in (about or {}).items():
         model.metadata_props.add(key=key, value=value)
     path.parent.mkdir(parents=True, exist_ok=True)

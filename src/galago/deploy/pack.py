@@ -106,8 +106,10 @@ def stored(name: str, layer: IntegerLayer) -> dict[str, NDArray[np.generic]]:
     constants["x".join(map(str, levels.shape))] = np.array(levels.shape)
     for kind, values in (("step", step), ("base", base)):
         same = (values == values.flat[0]).all()
-        narrow = values.flat[0] if same else values.astype(np.int16)
-        constants[f"{kind}_{values.flat[0]}" if same else f"{name}.{kind}"] = np.asarray(narrow, np.int16)
+        narrow = np.int8 if abs(values).max() < 128 else np.int16
+        constants[f"{kind}_{values.flat[0]}" if same else f"{name}.{kind}"] = np.asarray(
+            values.flat[0] if same else values, narrow
+        )
     return constants
 
 
