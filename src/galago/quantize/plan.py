@@ -98,8 +98,13 @@ def depth(path: str) -> int:
 
 
 @torch.no_grad()
-def initialize(model: nn.Module, inputs: Tensor) -> None:
-    """Sets every range in one pass in training mode, layer after layer. Modes are left as they were.
+def initialize(model: nn.Module, inputs: Tensor, training: bool = True) -> None:
+    """Sets every range in one pass, layer after layer. Modes are left as they were.
+
+    Args:
+        model: with its quantizers in place.
+        inputs: normalized images.
+        training: whether BatchNorm uses these images' statistics, as in a training step, or those it has.
 
     Raises:
         UserError: a layer was not reached, so that the network must know it under a name that could not be replaced.
@@ -108,9 +113,9 @@ def initialize(model: nn.Module, inputs: Tensor) -> None:
     new = {path: module for path, module in model.named_modules() if isinstance(module, QuantLayer | QuantOutput)}
     for module in new.values():
         module.observing = True
-    model.train()(inputs)
-    for part, training in modes.items():
-        part.training = training
+    model.train(training)(inputs)
+    for part, mode in modes.items():
+        part.training = mode
     if asleep := [path for path, module in new.items() if module.observing]:
         raise UserError(
             f"the network did not use {asleep[0]} once it was quantized (it may hold the layer in a plain list);"

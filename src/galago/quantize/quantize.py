@@ -75,6 +75,8 @@ class Quantize(Method):
         keep: patterns of module paths or type names (`head`, `SqueezeExcite`); everything inside stays float.
         stream: prototype of the quantizers of what modules give out, 8 bits as a rule; none leaves results float.
         batches: how many training batches the ranges are set on.
+        post_training: set ranges in evaluation mode, as the network computes when it is not trained any more; else in
+            training mode, as it will compute in the first step.
         reduce_range: 7 bits for weights that would have 8 and meet 8-bit inputs, so that the sums of older x86
             processors cannot overflow (`galago.probes.saturation`) and the file has one accuracy everywhere.
     """
@@ -96,6 +98,7 @@ class Quantize(Method):
         keep: Sequence[str] = (),
         stream: Quantizer | None = None,
         batches: int = 1,
+        post_training: bool = False,
         reduce_range: bool = False,
     ) -> None:
         super().__init__()
@@ -106,7 +109,7 @@ class Quantize(Method):
         # Prototypes are patterns, not parts: not registered, so that they neither train nor enter checkpoints.
         self.__dict__.update(weight=weight, input=input, stream=stream, edge_weight=edge_weight, edge_input=edge_input)
         self.edge_bits, self.rules, self.keep, self.batches = edge_bits, tuple(rules), tuple(keep), batches
-        self.reduce_range = reduce_range
+        self.post_training, self.reduce_range = post_training, reduce_range
         self._rows: tuple[Row, ...] = ()
         self._example: Tensor | None = None
 
@@ -120,7 +123,7 @@ class Quantize(Method):
             self._example = inputs[:1]
             statistics = [(buffer, buffer.clone()) for buffer in model.buffers()]
             model = plan.applied(model)
-            initialize(model, inputs)
+            initialize(model, inputs, training=not self.post_training)
         for buffer, before in statistics:
             buffer.copy_(before)
         return model
