@@ -201,6 +201,19 @@ def test_the_network_and_the_random_state_are_left_alone_but_for_quantizers() ->
     assert not [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
 
 
+@pytest.mark.parametrize("post_training", [False, True])
+def test_choosing_the_width_that_layers_have_leaves_what_quantize_made(post_training: bool) -> None:
+    torch.manual_seed(0)
+    network, data = Deeper(), Stripes()
+    first = Quantize(LSQWeight(4), LSQ(4), stream=MinMax(8), post_training=post_training)
+    plain = first.prepare(copy.deepcopy(network), data)
+    method = MixedPrecision(mean_weight_bits=8, widths=[4], post_training=post_training)
+    model = method.prepare(first.prepare(copy.deepcopy(network), data), data)
+    assert method.chosen == dict.fromkeys(("conv2", "middle.0", "middle.2"), 4)
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
 def test_ranges_are_set_for_the_new_widths() -> None:
     model = prepared(MixedPrecision(mean_weight_bits=8, widths=[2]))
     first = {path: layer for path, _, layer in original(model) if layer is not None}["conv2"]

@@ -68,6 +68,7 @@ class MixedPrecision(Method):
         edges: whether to choose for the first and last layers too.
         keep: patterns of module paths or type names; layers inside keep the width that they have.
         batches: how many training batches sensitivities are measured and ranges set on.
+        post_training: set ranges in evaluation mode, as `Quantize` does if told so.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class MixedPrecision(Method):
         edges: bool = False,
         keep: Sequence[str] = (),
         batches: int = 1,
+        post_training: bool = False,
     ) -> None:
         super().__init__()
         if (mean_weight_bits is None) == (mean_bit_operations is None):
@@ -91,7 +93,7 @@ class MixedPrecision(Method):
             )
         self.mean_weight_bits, self.mean_bit_operations = mean_weight_bits, mean_bit_operations
         self.widths, self.inputs, self.edges = tuple(widths), inputs, edges
-        self.keep, self.batches = tuple(keep), batches
+        self.keep, self.batches, self.post_training = tuple(keep), batches, post_training
         self.chosen: dict[str, int] = {}  # path of the layer to its bits
         self.rows: list[list[Any]] = []  # path, weights, MACs, bits, a loss a width
         self.outcome = ""
@@ -122,7 +124,7 @@ class MixedPrecision(Method):
                 set_width(layers[path], bits, self.inputs)
             with states(model):
                 wake(model)
-                initialize(model, images)
+                initialize(model, images, training=not self.post_training)
         return model
 
     def summary(self) -> Table | None:
