@@ -183,7 +183,8 @@ class N2UQ(Quantizer):
 
     def codes(self, x: Tensor) -> Tensor:
         """By comparisons, which every engine has."""
-        return count_exceeded(x.float() * self.gain.detach(), thresholds(self.start, self.segments).detach())
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return count_exceeded(wide * self.gain.detach(), thresholds(self.start, self.segments).detach()).float()
 
     def grid(self) -> Grid:
         distance = level_distance(self.scale.detach(), self.steps)

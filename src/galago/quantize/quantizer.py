@@ -87,8 +87,9 @@ class Quantizer(nn.Module, ABC):
     def codes(self, x: Tensor) -> Tensor:
         """The integer each value becomes, float32, same shape. Override where rounding is not to the nearest."""
         grid, encoder = self.grid(), self.encoder()
-        shifted = (x.float() - along(encoder.offset, x, grid.axis)) / along(encoder.scale, x, grid.axis)
-        return (shifted.round() + along(grid.zero_point, x, grid.axis)).clamp(grid.low, grid.high)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # as `forward` computes, so that ties go the same way
+        shifted = (wide - along(encoder.offset, x, grid.axis)) / along(encoder.scale, x, grid.axis)
+        return (shifted.round() + along(grid.zero_point, x, grid.axis)).clamp(grid.low, grid.high).to(torch.float32)
 
     def own_rates(self) -> OwnRates:
         """Ranges are not weights: by default they learn at the common rate and do not decay."""
