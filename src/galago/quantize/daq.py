@@ -186,7 +186,7 @@ class DAQ(Quantizer):
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
         """`u = 3 std(x)`, zeros counted."""
-        self.high.copy_((3 * x.std()).clamp_min(SMALLEST_WIDTH))
+        self.high.copy_((3 * x.std(correction=int(x.numel() > 1))).clamp_min(SMALLEST_WIDTH))
 
     def forward(self, x: Tensor) -> Tensor:
         return distance_aware_round(x, None, self.high, self.steps, self.gamma, self.sigma)

@@ -146,7 +146,7 @@ class EWGS(Quantizer):
     def initialize(self, x: Tensor) -> None:
         """`l = min(x)`, `u = 3 std(x) / sqrt(1 - 2/pi)`: the spread of a normal variable whose positive half is `x`."""
         low = x.min()
-        high = 3 * x.std() / math.sqrt(1 - 2 / math.pi)
+        high = 3 * x.std(correction=int(x.numel() > 1)) / math.sqrt(1 - 2 / math.pi)
         self.low.copy_(low)
         self.high.copy_(torch.maximum(high, low + SMALLEST_WIDTH))
 
@@ -181,7 +181,7 @@ class EWGSWeight(EWGS):
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
         """`u = 3 std(W)`, `l = -u`."""
-        self.high.copy_((3 * x.std()).clamp_min(SMALLEST_WIDTH))
+        self.high.copy_((3 * x.std(correction=int(x.numel() > 1))).clamp_min(SMALLEST_WIDTH))
         self.low.copy_(-self.high)
 
     def forward(self, x: Tensor) -> Tensor:

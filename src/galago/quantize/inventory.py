@@ -23,12 +23,12 @@ class Row(NamedTuple):
     weight: str  # its quantizer, such as "LSQ 4"
     input: str
     stream: str  # the quantizer of what it gives out
-    note: str  # why something stays float
+    note: str  # why something stays float, or what is lost
 
     @property
     def stays_float(self) -> bool:
         """Whether an engine computes this in float."""
-        return bool(self.note)
+        return self.note.startswith("float")
 
 
 # What operations are called in words; others keep PyTorch's name.
@@ -129,8 +129,8 @@ def _of(missed: Missed) -> str:
 
 
 def table(rows: Iterable[Row]) -> Table:
-    """The rows as a table for the terminal, what stays float in yellow."""
+    """The rows as a table for the terminal, what stays float or loses something in yellow."""
     made = Table("layer", "kind", "shape", "weight", "input", "stream", "remark")
     for row in rows:
-        made.add_row(*row, style="yellow" if row.stays_float else None)
+        made.add_row(*row, style="yellow" if row.note else None)
     return made

@@ -19,6 +19,9 @@ class QuantLayer(Restable):
         layer: a convolution of any kind, or a linear layer.
         weight_quantizer: for the layer's weight; None leaves it float.
         input_quantizer: for what comes in; None leaves it float.
+
+    Attributes:
+        cut_off: the share of the first values that are negative where the input's quantizer holds no negative one.
     """
 
     def __init__(
@@ -26,7 +29,7 @@ class QuantLayer(Restable):
     ) -> None:
         super().__init__(layer)
         self.weight_quantizer, self.input_quantizer = weight_quantizer, input_quantizer
-        self.observing = False
+        self.observing, self.cut_off = False, 0.0
         if weight_quantizer is not None:
             weight_quantizer.initialize(layer.get_parameter("weight").detach())
         normalized = any(q is not None and q.normalized for q in (weight_quantizer, input_quantizer))
@@ -61,11 +64,13 @@ class QuantLayer(Restable):
         """Sets the input's range, and the output scale so that the mean size of the output is as in float."""
         self.observing = False
         if self.input_quantizer is not None:
-            self.input_quantizer.initialize(x.float())
+            self.input_quantizer.initialize(with_spread(x.float()))
+            self.cut_off = share_cut_off(self.input_quantizer, x)
         if self.output_scale is not None:
             self.output_scale.fill_(1.0)
-            quantized = self(x).float().abs().mean()
-            self.output_scale.copy_(self.layer(x).float().abs().mean() / quantized.clamp_min(1e-12))
+            wanted, quantized = (y.float().abs().mean() for y in (self.layer(x), self(x)))
+            told = (wanted > 0) & (quantized > 0)  # else nothing comes through, and no factor would mend that
+            self.output_scale.copy_(torch.where(told, wanted / quantized.clamp_min(1e-12), 1.0))
 
     def own_rates(self) -> OwnRates:
         """The output scale learns as the ranges do: a fraction of the weights' rate, no decay."""
@@ -82,12 +87,15 @@ class QuantOutput(Restable):
     Args:
         layer: any module that gives one tensor.
         output_quantizer: for what it gives.
+
+    Attributes:
+        cut_off: as a `QuantLayer`'s.
     """
 
     def __init__(self, layer: nn.Module, output_quantizer: Quantizer) -> None:
         super().__init__(layer)
         self.output_quantizer = output_quantizer
-        self.observing = False
+        self.observing, self.cut_off = False, 0.0
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         output: Tensor = self.layer(*args, **kwargs)
@@ -96,6 +104,28 @@ class QuantOutput(Restable):
         if self.observing:
             self.observing = False
             with torch.no_grad():
-                self.output_quantizer.initialize(output.float())
+                self.output_quantizer.initialize(with_spread(output.float()))
+                self.cut_off = share_cut_off(self.output_quantizer, output)
         quantized: Tensor = self.output_quantizer(output)
         return quantized
+
+
+def with_spread(x: Tensor) -> Tensor:
+    """What a range can be read off: `x` itself, or values from 0 to its own where it has but one; to 1 where that is 0.
+
+    A first batch without any spread says nothing of the batches to come, which a range of no width would cut off.
+
+    >>> with_spread(torch.zeros(3))
+    tensor([1.0000, 0.5000, 0.0000])
+    """
+    low, high = x.aminmax()
+    if low != high:
+        return x
+    return torch.linspace(float(low) or 1.0, 0.0, x.numel(), device=x.device).view_as(x)
+
+
+def share_cut_off(quantizer: Quantizer, x: Tensor) -> float:
+    """The share of values that are negative, where a quantizer holds no negative value; else 0."""
+    grid, encoder = quantizer.grid(), quantizer.encoder()
+    lowest = encoder.offset + (grid.low - grid.zero_point) * encoder.scale
+    return float((x < 0).float().mean()) if bool((lowest >= 0).all()) else 0.0

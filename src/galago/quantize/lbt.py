@@ -117,7 +117,8 @@ class LBT(Quantizer):
         if self.signed is None:
             self.signed = bool((x < 0).any())
         check_bits("LBT", self.bits, lowest=2 if self.signed else 1)
-        self.bound.copy_(3 * x.std() / (1 if self.signed else HALF_NORMAL))
+        bound = 3 * x.std(correction=int(x.numel() > 1)) / (1 if self.signed else HALF_NORMAL)
+        self.bound.copy_(bound.clamp_min(SMALLEST_BOUND))  # at 0 its size would have no gradient
 
     def positive_bound(self) -> Tensor:
         """The size of the bound, whatever its sign."""

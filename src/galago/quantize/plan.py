@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,8 @@ from galago.quantize.inventory import Row, float_operations, missed_streams, nam
 from galago.quantize.layer import QuantLayer, QuantOutput
 from galago.quantize.placement import Streams
 from galago.quantize.quantizer import Quantizer
+
+LITTLE = 0.01  # share of values whose loss is not worth a word
 
 
 class Choice(NamedTuple):
@@ -68,13 +71,34 @@ class Plan:
             wrapped.training = module.training
         return wrapped
 
-    def rows(self) -> Iterator[Row]:
-        """Layers and streams in the order of execution, then what stays float besides."""
+    def cut_off(self, model: nn.Module) -> dict[str, str]:
+        """A warning for each layer or stream of the quantized network that loses negative values, by path."""
+        paths = {id(module): path for path, module in self.modules.items()}
+        found: dict[str, str] = {}
+        for module in model.modules():
+            if isinstance(module, QuantLayer | QuantOutput) and module.cut_off > LITTLE:
+                inner: nn.Module = module
+                while isinstance(inner, QuantLayer | QuantOutput):
+                    inner = inner.layer
+                kind = module.input_quantizer if isinstance(module, QuantLayer) else module.output_quantizer
+                found[paths[id(inner)]] = (
+                    f"{module.cut_off:.0%} of what reaches its {type(kind).__name__} is negative and becomes 0; where"
+                    " that matters use one that holds both signs (MinMax, LSQ), by `edge_input` or a rule"
+                )
+        return found
+
+    def rows(self, warned: Mapping[str, str] | None = None) -> Iterator[Row]:
+        """Layers and streams in the order of execution, then what stays float besides.
+
+        Args:
+            warned: what else is to be said of a layer, by path.
+        """
         order = {path: index for index, path in enumerate(self.graph.flow.gave)}
         for path in sorted(
             dict.fromkeys((*self.choices, *self.streams.places)), key=lambda path: order.get(path, len(order))
         ):
-            yield self._row(path)
+            row = self._row(path)
+            yield row._replace(note="; ".join(filter(None, (row.note, (warned or {}).get(path)))))
         yield from missed_streams(self.streams, set(self.choices))
         yield from float_operations(self.graph, self.streams, set(self.choices))
 
@@ -107,17 +131,67 @@ def initialize(model: nn.Module, inputs: Tensor, training: bool = True) -> None:
         training: whether BatchNorm uses these images' statistics, as in a training step, or those it has.
 
     Raises:
-        UserError: a layer was not reached, so that the network must know it under a name that could not be replaced.
+        UserError: a layer was not reached, so that the network must know it under a name that could not be replaced, or
+            a weight or what comes in is not finite.
     """
     modes = {module: module.training for module in model.modules()}
     new = {path: module for path, module in model.named_modules() if isinstance(module, QuantLayer | QuantOutput)}
-    for module in new.values():
+    handles = []
+    for path, module in new.items():
+        check_weight(path, module.layer)
+        handles.append(module.register_forward_pre_hook(partial(check_taken, path)))
+        handles.append(module.register_forward_hook(partial(check_given, path)))
         module.observing = True
-    model.train(training)(inputs)
-    for part, mode in modes.items():
-        part.training = mode
+    try:
+        model.train(training)(inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for part, mode in modes.items():
+            part.training = mode
     if asleep := [path for path, module in new.items() if module.observing]:
         raise UserError(
-            f"the network did not use {asleep[0]} once it was quantized (it may hold the layer in a plain list);"
-            f" add {asleep[0]!r} to `keep`"
+            f"the network did not use {asleep[0]} once it was quantized (it may hold the layer in a plain list,"
+            f" or choose by the values it sees which layers to run); add {asleep[0]!r} to `keep`"
         )
+
+
+def check_taken(path: str, module: nn.Module, taken: tuple[object, ...]) -> None:
+    """Refuses values that are not finite: a forward pre-hook, once the path is given.
+
+    Raises:
+        UserError: naming the layer.
+    """
+    if any(isinstance(value, Tensor) and not value.isfinite().all() for value in taken):
+        raise UserError(
+            f"{path}: what comes into it holds NaN or infinite values, on which no range can be set;"
+            " look at the training images, and at the weights and statistics of the layers before it"
+        )
+
+
+def check_given(path: str, module: nn.Module, taken: object, given: Tensor) -> None:
+    """Refuses a result that is not finite: a forward hook, once the path is given.
+
+    Raises:
+        UserError: naming the layer.
+    """
+    if not given.isfinite().all():
+        raise UserError(
+            f"{path}: what it gives out holds NaN or infinite values, on which no range can be set;"
+            " look at its weights and statistics"
+        )
+
+
+def check_weight(path: str, layer: nn.Module) -> None:
+    """Refuses a layer whose weight or bias is not finite, which no range could hold.
+
+    Raises:
+        UserError: naming it.
+    """
+    for name, tensor in layer._parameters.items():
+        if tensor is not None and not tensor.isfinite().all():
+            bad = int((~tensor.isfinite()).sum())
+            raise UserError(
+                f"{path}: {bad} of the {tensor.numel()} numbers of its {name} are NaN or infinite;"
+                " start from weights of a training that did not diverge"
+            )

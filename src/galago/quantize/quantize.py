@@ -21,6 +21,7 @@ Recipes: `recipes/demo/student.yaml`.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ from galago.quantize.inventory import Row, table
 from galago.quantize.layer import QuantLayer
 from galago.quantize.patterns import edge_layers, matches, must_match
 from galago.quantize.placement import Streams
-from galago.quantize.plan import Choice, Plan, initialize
+from galago.quantize.plan import Choice, Plan, check_weight, initialize
 from galago.quantize.quantizer import Quantizer
 from galago.quantize.settle import settle_biases
 
@@ -115,7 +116,6 @@ class Quantize(Method):
 
     def prepare(self, model: nn.Module, data: Data) -> nn.Module:
         plan = self.plan(model, data)
-        self._rows = tuple(plan.rows())
         device = device_of(model)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(data.seed)
@@ -123,9 +123,12 @@ class Quantize(Method):
             self._example = inputs[:1]
             statistics = [(buffer, buffer.clone()) for buffer in model.buffers()]
             model = plan.applied(model)
-            initialize(model, inputs, training=not self.post_training)
-        for buffer, before in statistics:
-            buffer.copy_(before)
+            try:
+                initialize(model, inputs, training=not self.post_training)
+            finally:
+                for buffer, before in statistics:
+                    buffer.copy_(before)
+        self._rows = tuple(plan.rows(warned=plan.cut_off(model)))
         return model
 
     def finish(self, model: nn.Module) -> nn.Module:
@@ -150,7 +153,8 @@ class Quantize(Method):
         """Decides about every layer and stream.
 
         Raises:
-            UserError: a pattern matches nothing, or the network is quantized already.
+            UserError: a pattern matches nothing, the network is quantized already, a quantizer does not have the bits
+                it is given, or a weight is not finite.
         """
         if twice := [path for path, module in model.named_modules() if isinstance(module, QuantLayer)]:
             raise UserError(f"{twice[0]} is quantized already; start from the float network, or leave Quantize out")
@@ -166,6 +170,9 @@ class Quantize(Method):
             else self._choose(path, modules, edges)
             for path, layer in layers.items()
         }
+        for path, choice in choices.items():
+            if choice.weight or choice.input:
+                check_weight(path, layers[path])
         for choice in choices.values() if self.reduce_range else ():
             if choice.weight and choice.input and choice.weight.bits == choice.input.bits == 8:
                 choice.weight.bits = 7
@@ -178,13 +185,14 @@ class Quantize(Method):
                 return Choice(why=f"float: keep says {pattern!r}")
         for rule in self.rules:
             if matches(rule.layers, path, modules):
-                weight = deepcopy(rule.weight) or with_bits(self.weight, rule.bits)
-                own = deepcopy(rule.input) or with_bits(self.input, rule.bits)
+                where = f"the rule for {rule.layers!r}"
+                weight = deepcopy(rule.weight) or with_bits(self.weight, rule.bits, where, "its `weight`")
+                own = deepcopy(rule.input) or with_bits(self.input, rule.bits, where, "its `input`")
                 return Choice(weight, own, "" if weight or own else f"float: the rule for {rule.layers!r} says so")
         if path not in edges:
             return Choice(deepcopy(self.weight), deepcopy(self.input))
-        weight = deepcopy(self.edge_weight) or with_bits(self.weight, self.edge_bits)
-        own = deepcopy(self.edge_input) or with_bits(self.input, self.edge_bits)
+        weight = deepcopy(self.edge_weight) or with_bits(self.weight, self.edge_bits, "edge_bits", "`edge_weight`")
+        own = deepcopy(self.edge_input) or with_bits(self.input, self.edge_bits, "edge_bits", "`edge_input`")
         return Choice(weight, own, "" if weight or own else "float: first or last layer (edge_bits)")
 
     def _streams(self, graph: Graph, modules: dict[str, nn.Module], choices: dict[str, Choice]) -> Streams:
@@ -194,10 +202,26 @@ class Quantize(Method):
         return Streams(graph, integer, lambda path: any(matches(pattern, path, modules) for pattern in self.keep))
 
 
-def with_bits(prototype: Quantizer | None, bits: int | None) -> Quantizer | None:
-    """A copy of a quantizer, not initialized yet, with other bits; None (float) where either is."""
+def with_bits(prototype: Quantizer | None, bits: int | None, where: str, instead: str) -> Quantizer | None:
+    """A copy of a quantizer, not initialized yet, with other bits; None (float) where either is.
+
+    Args:
+        prototype: what is copied.
+        bits: of the copy.
+        where: what in the recipe asks for these bits.
+        instead: what to give another kind of quantizer by.
+
+    Raises:
+        UserError: the quantizer's own check refuses these bits.
+    """
     if prototype is None or bits is None:
         return None
     own = deepcopy(prototype)
     own.bits = bits
+    names = [name for name in inspect.signature(type(own)).parameters if hasattr(own, name)]
+    try:
+        if "bits" in names:  # whoever makes one of these bits is told which there are
+            type(own)(**{name: getattr(own, name) for name in names})
+    except UserError as error:
+        raise UserError(f"{where}: {error}; give {instead} another kind, or other bits") from error
     return own

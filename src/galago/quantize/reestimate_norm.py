@@ -77,7 +77,13 @@ def norms_of(model: nn.Module) -> list[_BatchNorm]:
 
 @torch.no_grad()
 def measure_norms(model: nn.Module, data: Data, batches: int) -> None:
-    """Sets the statistics of every BatchNorm to their mean over training batches. Nothing else changes."""
+    """Sets the statistics of every BatchNorm to their mean over training batches. Nothing else changes.
+
+    Raises:
+        UserError: there is no training batch.
+    """
+    if not len(data.train()):
+        raise UserError("the data give no training batch to measure BatchNorm on; make batch_size smaller")
     norms, device = norms_of(model), device_of(model)
     momenta = [norm.momentum for norm in norms]
     cuda = [device] if device.type == "cuda" else []

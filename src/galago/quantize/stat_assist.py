@@ -41,7 +41,7 @@ from galago.errors import UserError
 from galago.method import Method
 from galago.probe import device_of
 from galago.quantize.layer import QuantLayer
-from galago.quantize.plan import initialize
+from galago.quantize.plan import check_weight, initialize
 from galago.quantize.quantizer import Quantizer
 from galago.quantize.rest import float_step, rest, restable, rests, wake
 from galago.schedule import Schedule
@@ -105,8 +105,9 @@ def set_ranges(model: nn.Module, inputs: Tensor) -> None:
     """Initializes all quantizers of a network on its weights and on normalized images. Nothing else changes."""
     ranges = {id(b) for module in model.modules() if isinstance(module, Quantizer) for b in module.buffers()}
     statistics = [(buffer, buffer.clone()) for buffer in model.buffers() if id(buffer) not in ranges]
-    for module in model.modules():
+    for path, module in model.named_modules():
         if isinstance(module, QuantLayer) and module.weight_quantizer is not None:
+            check_weight(path, module.layer)
             module.weight_quantizer.initialize(module.layer.get_parameter("weight").detach())
     with torch.compiler.set_stance("force_eager"):
         initialize(model, inputs)
