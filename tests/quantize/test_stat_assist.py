@@ -367,6 +367,56 @@ def test_a_network_that_segments_trains_from_scratch_exports_and_is_verified(tmp
     assert outcome["onnxruntime"]["agreement"] > 0.98
 
 
+class EncoderDecoder(nn.Module):
+    """Down twice by stride, up by a transposed convolution and by interpolation, with a way across."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.ReLU())
+        self.down = nn.Sequential(nn.Conv2d(6, 8, 3, 2, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.deep = nn.Sequential(nn.Conv2d(8, 12, 3, 2, padding=1, bias=False), nn.BatchNorm2d(12), nn.ReLU())
+        self.up = nn.Sequential(nn.ConvTranspose2d(12, 8, 2, 2), nn.ReLU())
+        self.wide = nn.Upsample(scale_factor=2, mode="bilinear")
+        self.leave = nn.Conv2d(14, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        across = self.enter(x)
+        half = self.down(across)
+        return self.leave(torch.cat([self.wide(self.up(self.deep(half)) + half), across], 1))
+
+
+@pytest.mark.parametrize("kind", ["LSQ", "EWGS"])
+def test_an_encoder_and_decoder_trains_resumes_exports_and_is_verified(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+):
+    data, task = Bright(batch_size=8), Segment()
+
+    def segmented(folder: Path) -> nn.Module:
+        torch.manual_seed(0)
+        quantize = KINDS[kind]()
+        methods = [quantize, StatAssist(1), StopAt()]
+        options = {"epochs": 3, "checkpoint_every": 1, "optimizer": lambda p: GradBoostSGD(p, 0.05, kappa=0.01)}
+        network = train(EncoderDecoder(), task, data, folder, methods=methods, **options)
+        up = next(row.note for row in quantize.rows() if row.path == "up.0")
+        # LSQ's scales lie along the weight's first axis, which counts a transposed convolution's inputs
+        assert ("one scale (`per_channel: false`)" in up) == (kind == "LSQ")
+        return network
+
+    model = segmented(tmp_path / "whole")
+    monkeypatch.setattr(StopAt, "at", 8)  # of 18 batches; the first 6 in float
+    with pytest.raises(Stopped):
+        segmented(tmp_path / "killed")
+    monkeypatch.setattr(StopAt, "at", 0)
+    assert equal(model, segmented(tmp_path / "killed"))
+    assert isinstance(model.up.get_submodule("0"), QuantLayer | QuantOutput)
+    losses = [line["pixels"] for line in Run(tmp_path / "whole").history() if line["kind"] == "step"]
+    assert losses[-1] < losses[0]
+    trained = Deployed(model, data.normalize, task).eval()
+    path = onnx.export(trained, data.example(), tmp_path / "model.onnx")
+    outcome = compare(trained, {"onnxruntime": path}, Parts(task, data, ()), images=32)
+    assert outcome["passed"], outcome
+
+
 def quantized_tiny_network() -> nn.Module:
     """The laws' network with one quantized layer, its range set."""
     model = tiny_network()

@@ -18,6 +18,7 @@ from galago.quantize.inventory import Row, float_operations, missed_streams, nam
 from galago.quantize.layer import QuantLayer, QuantOutput
 from galago.quantize.placement import Streams
 from galago.quantize.quantizer import Quantizer
+from galago.quantize.settle import scaled_by_output
 
 LITTLE = 0.01  # share of values whose loss is not worth a word
 
@@ -71,8 +72,10 @@ class Plan:
             wrapped.training = module.training
         return wrapped
 
-    def cut_off(self, model: nn.Module) -> dict[str, str]:
-        """A warning for each layer or stream of the quantized network that loses negative values, by path."""
+    def warnings(self, model: nn.Module) -> dict[str, str]:
+        """What is to be said, by path, of layers and streams of the quantized network that lose negative values, and of
+        layers that no integer engine computes as they are.
+        """
         paths = {id(module): path for path, module in self.modules.items()}
         found: dict[str, str] = {}
         for module in model.modules():
@@ -84,6 +87,11 @@ class Plan:
                 found[paths[id(inner)]] = (
                     f"{module.cut_off:.0%} of what reaches its {type(kind).__name__} is negative and becomes 0; where"
                     " that matters use one that holds both signs (MinMax, LSQ), by `edge_input` or a rule"
+                )
+            if isinstance(module, QuantLayer) and module.weight_quantizer and not scaled_by_output(module):
+                found[paths[id(module.layer)]] = (
+                    "float in the file: its weight has a scale for each input channel; give it one scale"
+                    " (`per_channel: false`) by a rule"
                 )
         return found
 

@@ -128,7 +128,7 @@ class Quantize(Method):
             finally:
                 for buffer, before in statistics:
                     buffer.copy_(before)
-        self._rows = tuple(plan.rows(warned=plan.cut_off(model)))
+        self._rows = tuple(plan.rows(warned=plan.warnings(model)))
         return model
 
     def finish(self, model: nn.Module) -> nn.Module:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from galago.layers import Flow, find, flow
+from galago.quantize.columns import transposed
 from galago.quantize.fold import ends_of, following_norm, layer_before, scaling_of
 from galago.quantize.layer import QuantLayer
 from galago.quantize.quantizer import doublings
@@ -41,7 +42,7 @@ def settle_biases(network: nn.Module, example: Tensor) -> None:
     layers = {
         path: layer
         for path, layer in network.named_modules()
-        if isinstance(layer, QuantLayer) and layer.weight_quantizer is not None and layer.input_quantizer is not None
+        if isinstance(layer, QuantLayer) and scaled_by_output(layer) and layer.input_quantizer is not None
     }
     norms = {path: following_norm(network, seen, path) for path in layers if len(seen.gave.get(path, ())) == 1}
     offsets = offsets_behind(layers, norms, seen)
@@ -65,6 +66,16 @@ def offsets_behind(layers: Mapping[str, QuantLayer], norms: Mapping[str, str | N
         if quantizer is not None and before is not None:
             found[before] = quantizer.encoder().offset.detach()
     return found
+
+
+def scaled_by_output(layer: QuantLayer) -> bool:
+    """Whether an accumulator has one step: a transposed convolution with a scale per input channel has no such thing.
+
+    Its weight's first axis is that of its inputs; engines compute such a layer in float.
+    """
+    if layer.weight_quantizer is None:
+        return False
+    return layer.weight_quantizer.grid().axis in (None, 1 if transposed(layer.layer) else 0)
 
 
 def accumulator_step(layer: QuantLayer) -> Tensor:
