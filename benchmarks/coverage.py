@@ -32,7 +32,7 @@ from rich.table import Table
 NETWORKS = {
     64: """
         timm:resnet18 timm:resnet18d timm:resnet14t timm:resnet26 timm:seresnet18 timm:skresnet18 timm:resnetblur18
-        timm:resnetv2_18 timm:resnext26ts 
+        timm:resnetv2_18 timm:resnext26ts
         timm:mobilenetv2_050 timm:mobilenetv3_small_050 timm:mobilenetv3_large_075
         timm:mobilenetv4_conv_small_050 timm:efficientnet_lite0 timm:tf_efficientnet_lite0 timm:efficientnet_b0
         timm:tf_efficientnetv2_b0 timm:mnasnet_050 timm:semnasnet_050 timm:tinynet_e timm:lcnet_050 timm:ghostnet_050
