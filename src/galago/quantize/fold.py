@@ -12,6 +12,7 @@ Background: Jacob et al., CVPR 2018, arXiv 1712.05877, section 3.2.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -174,5 +175,6 @@ def without_norm(module: nn.Module) -> nn.Module:
     """What is left of a folded BatchNorm."""
     if not normalizes_then_activates(module):
         return nn.Identity()
-    parts = [part for name, part in module.named_children() if name in ("drop", "act")]
-    return nn.Sequential(*(part for part in parts if not isinstance(part, nn.Identity)))
+    parts = {name: part for name, part in module.named_children() if name in ("drop", "act")}
+    # under their own names, by which the streams behind them are known
+    return nn.Sequential(OrderedDict((name, p) for name, p in parts.items() if not isinstance(p, nn.Identity)))
