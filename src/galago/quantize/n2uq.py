@@ -70,8 +70,15 @@ def count_exceeded(z: Tensor, borders: Tensor) -> Tensor:
     """
     exceeded = torch.zeros_like(z)
     for border in borders:
-        exceeded = exceeded + (z > border).to(z.dtype)
+        exceeded = exceeded + above(z, border)
     return exceeded
+
+
+def above(z: Tensor, border: Tensor) -> Tensor:
+    """1 where a value is larger than the border, else 0, of the type of `z`."""
+    if torch.compiler.is_compiling():  # no comparison, whose result the compiler would store, slowly, as booleans
+        return (z - border).sign().clamp(min=0)
+    return (z > border).to(z.dtype)
 
 
 def threshold_round(x: Tensor, start: Tensor, segments: Tensor, gain: Tensor, scale: Tensor) -> Tensor:
@@ -126,14 +133,15 @@ def gradients(
     wide = x.to(torch.promote_types(x.dtype, gain.dtype))
     z, grad = wide * gain, grad.to(wide.dtype)
     edges, spans, borders = ends(start, segments), lengths(segments), thresholds(start, segments)
-    slope, code = torch.zeros_like(z), torch.zeros_like(z)
+    slope, beyond = torch.zeros_like(z), above(z, edges[0])
     steepness, length = [], []
-    for low, high, span, border in zip(edges[:-1], edges[1:], spans, borders, strict=True):
-        share = torch.where((z > low) & (z <= high), grad, 0.0) / span
-        slope = slope + share
-        code = code + (z > border).to(z.dtype)
+    for low, high, span in zip(edges[:-1], edges[1:], spans, strict=True):
+        further = above(z, high)
+        share = (beyond - further) * grad / span  # of those in the segment, its upper end included
+        slope, beyond = slope + share, further
         steepness.append(share.sum())
         length.append((share * (z - low)).sum() / span)
+    code = count_exceeded(z, borders)
     interval = WIDTH / len(segments)
     positive = scale.clamp_min(SMALLEST_SCALE)
     grad_gain = positive * interval * (slope * wide).sum()
