@@ -29,7 +29,7 @@ demo: install
 	@echo "open runs/demo/student/report.html in a browser"
 
 test: install
-	$(BIN)/python -m pytest -n $(WORKERS) -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -q  # a thread a worker: more wait for each other
 
 check: install
 	$(BIN)/ruff format --check .
