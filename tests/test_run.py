@@ -11,6 +11,7 @@ import torch
 
 from galago.data import Normalize
 from galago.errors import UserError
+from galago.models.by_name import torchvision_model
 from galago.run import Run, atomic, load
 from galago.tasks.classify import Classify
 from galago.train import train
@@ -114,3 +115,13 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path):
 def test_an_unfinished_run_says_how_to_finish_it(tmp_path: Path):
     with pytest.raises(UserError, match="galago train"):
         load(tmp_path)
+
+
+def test_a_network_that_asks_for_the_version_of_its_state_comes_back(tmp_path: Path) -> None:
+    network = torchvision_model("mnasnet0_5", 3).eval()
+    files = Run(tmp_path / "run")
+    files.begin({"model": network.__dict__["built_from"]}, seed=0)
+    files.save_model(network, Normalize([0.5] * 3, [0.5] * 3))
+    image = torch.rand(1, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path / "run")(image), network(image))

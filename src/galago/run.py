@@ -171,8 +171,11 @@ def load(run: Path | str, allow: Sequence[str] = ()) -> nn.Module:
         )
     record = read_json(files.architecture)
     model = rebuild(record, allow)
+    state = model.state_dict()  # which knows the versions of its parts; torchvision's MNASNet asks for its own
+    state.clear()
     try:
-        model.load_state_dict(load_file(files.weights), assign=False)
+        state.update(load_file(files.weights))
+        model.load_state_dict(state, assign=False)
     except (RuntimeError, SafetensorError, OSError) as error:
         raise UserError(
             f"{files.weights} does not fit its architecture: {' '.join(str(error).split())[:300]}"
