@@ -1,12 +1,18 @@
-"""A data set and a network that train in a blink."""
+"""A data set and networks that train in a blink, and a method that kills a training."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from galago.batch import Batch
+from galago.batch import Batch, Step
 from galago.data import Data, Normalize
+from galago.layers import swap
+from galago.method import Forward, Method
+from galago.quantize.layer import QuantLayer
+from galago.quantize.lsq import LSQ, LSQWeight
+from galago.quantize.quantizer import Quantizer
+from galago.testing import tiny_network
 
 
 class Batches(list[Batch]):
@@ -62,3 +68,33 @@ class SmallNet(nn.Module):
         x = self.relu1(self.bn1(self.conv1(x)))
         x = self.relu2(x + self.bn2(self.conv2(x)))
         return self.fc(self.pool(x).flatten(1))
+
+
+class Stopped(BaseException):
+    """Like a kill: nothing in the program handles it."""
+
+
+class StopAt(Method):
+    """Dies in the middle of the training, at a batch of an epoch."""
+
+    at = 0  # the class's, as a recipe must not differ between the two halves of a run
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = 0
+
+    def step(self, batch: Batch, inner: Forward) -> Step:
+        self.seen += 1
+        if self.seen == self.at:
+            raise Stopped
+        return inner(batch)
+
+
+def quantized_tiny_network(weight: Quantizer | None = None, inputs: Quantizer | None = None) -> nn.Module:
+    """The laws' network with one quantized layer, LSQ at 4 bits unless told otherwise, its range set."""
+    model = tiny_network()
+    path, layer = next((path, m) for path, m in model.named_modules() if isinstance(m, nn.Conv2d))
+    quant = QuantLayer(layer, weight or LSQWeight(4), inputs or LSQ(4))
+    model = swap(model, path, quant)
+    quant.observe(torch.rand(4, layer.in_channels, 8, 8))
+    return model

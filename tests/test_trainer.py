@@ -19,27 +19,7 @@ from galago.schedule import Constant, Cosine
 from galago.tasks.classify import Classify
 from galago.train import train
 from galago.trainer import Learner, Plan, follow, new_optimizer
-from samples import SmallNet, Stripes
-
-
-class Stopped(BaseException):
-    """Like a kill: nothing in the program handles it."""
-
-
-class StopAt(Method):
-    """Dies in the middle of the training, at a batch of an epoch."""
-
-    at = 0  # the class's, as a recipe must not differ between the two halves of a run
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen = 0
-
-    def step(self, batch: Batch, inner: Forward) -> Step:
-        self.seen += 1
-        if self.seen == self.at:
-            raise Stopped
-        return inner(batch)
+from samples import SmallNet, StopAt, Stopped, Stripes
 
 
 class Jitter(Method):

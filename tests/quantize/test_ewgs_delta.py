@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from galago.batch import Batch
 from galago.errors import UserError
-from galago.layers import swap
 from galago.method import Forward
 from galago.quantize.calibration import undisturbed
 from galago.quantize.ewgs import EWGS, EWGSWeight
 from galago.quantize.ewgs_delta import EWGSDelta, captured, curvatures, hessian_of, hutchinson, ratio
 from galago.quantize.layer import QuantLayer
 from galago.tasks.classify import Classify
-from galago.testing import check_method, tiny_network
+from galago.testing import check_method
+from samples import quantized_tiny_network
 
 PLACES = {
     "c1_weight": "conv1.weight_quantizer",
@@ -318,20 +318,10 @@ def test_numbers_below_one_are_refused_by_name(name):
         EWGSDelta(**{name: 0})
 
 
-def quantized_tiny_network():
-    """The laws' network with one EWGS layer, its range set."""
-    model = tiny_network()
-    path, layer = next((path, m) for path, m in model.named_modules() if isinstance(m, nn.Conv2d))
-    quant = QuantLayer(layer, EWGSWeight(2), EWGS(2))
-    model = swap(model, path, quant)
-    quant.observe(torch.rand(4, layer.in_channels, 8, 8))
-    return model
-
-
 def test_it_obeys_the_laws_of_a_method():
     def estimating():
         method = EWGSDelta(every=1, batches=2, draws=3)
         method.seen = 0
         return method
 
-    check_method(estimating, make_model=quantized_tiny_network)
+    check_method(estimating, make_model=lambda: quantized_tiny_network(EWGSWeight(2), EWGS(2)))

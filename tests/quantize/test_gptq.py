@@ -13,22 +13,22 @@ from torch import Tensor, nn
 from galago.deploy import onnx
 from galago.deploy.verify import compare
 from galago.errors import UserError
-from galago.layers import find, swap
+from galago.layers import find
 from galago.probe import Deployed
 from galago.quantize import gptq
 from galago.quantize.calibrated import CalibratedWeight
 from galago.quantize.ewgs import EWGSWeight
 from galago.quantize.gptq import GPTQ, Grids, compensated_codes, output_error, second_moments
 from galago.quantize.layer import QuantLayer
-from galago.quantize.lsq import LSQ, LSQWeight
+from galago.quantize.lsq import LSQWeight
 from galago.quantize.min_max import MinMax
 from galago.quantize.quantize import Quantize
 from galago.quantize.rounding import weight_quantized, weight_quantizer_of
 from galago.recipe import Parts
 from galago.tasks.classify import Classify
-from galago.testing import check_method, tiny_network
+from galago.testing import check_method
 from galago.train import train
-from samples import SmallNet, Stripes
+from samples import SmallNet, Stripes, quantized_tiny_network
 
 
 def signed(weight: Tensor, bits: int = 4) -> Grids:
@@ -200,16 +200,6 @@ def test_a_resumed_run_does_not_do_it_again():
     table = method.summary()
     assert table is not None
     assert table.row_count == 3
-
-
-def quantized_tiny_network() -> nn.Module:
-    """The laws' network with one quantized layer, its range set."""
-    model = tiny_network()
-    path, layer = next((path, m) for path, m in model.named_modules() if isinstance(m, nn.Conv2d))
-    quant = QuantLayer(layer, LSQWeight(4), LSQ(4))
-    model = swap(model, path, quant)
-    quant.observe(torch.rand(4, layer.in_channels, 8, 8))
-    return model
 
 
 def test_it_obeys_the_laws_of_a_method():

@@ -15,7 +15,6 @@ from galago.batch import Batch, Step
 from galago.deploy import onnx
 from galago.deploy.verify import compare
 from galago.errors import UserError
-from galago.layers import swap
 from galago.method import Forward, Method
 from galago.probe import Deployed
 from galago.quantize.calibrated import CalibratedWeight
@@ -38,9 +37,9 @@ from galago.quantize.rounding import weight_quantized, weight_quantizer_of
 from galago.recipe import Parts
 from galago.schedule import Constant
 from galago.tasks.classify import Classify
-from galago.testing import check_method, tiny_network
+from galago.testing import check_method
 from galago.train import train
-from samples import SmallNet, Stripes
+from samples import SmallNet, StopAt, Stopped, Stripes, quantized_tiny_network
 
 AFFINE = (LSQWeight, CalibratedWeight, GroupWiseWeight, MinMaxWeight, EWGSWeight)
 
@@ -223,39 +222,9 @@ def test_a_network_at_rest_is_neither_damped_nor_counted():
     assert step.losses.keys() == {"pull"}
 
 
-def quantized_tiny_network() -> nn.Module:
-    """The laws' network with one quantized layer, its range set."""
-    model = tiny_network()
-    path, layer = next((path, m) for path, m in model.named_modules() if isinstance(m, nn.Conv2d))
-    quant = QuantLayer(layer, LSQWeight(3), LSQ(3))
-    model = swap(model, path, quant)
-    quant.observe(torch.rand(4, layer.in_channels, 8, 8))
-    return model
-
-
 @pytest.mark.parametrize("make", [DampenOscillations, lambda: FreezeOscillations(1e-4, 1e-5, 0.5)])
 def test_they_obey_the_laws_of_a_method(make):
     check_method(make, make_model=quantized_tiny_network)
-
-
-class Stopped(BaseException):
-    """Like a kill: nothing in the program handles it."""
-
-
-class StopAt(Method):
-    """Dies at a batch of the training."""
-
-    at = 0
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen = 0
-
-    def step(self, batch: Batch, inner: Forward) -> Step:
-        self.seen += 1
-        if self.seen == self.at:
-            raise Stopped
-        return inner(batch)
 
 
 def run(folder: Path, weight=LSQWeight, inputs=LSQ, **options) -> tuple[nn.Module, FreezeOscillations]:

@@ -12,7 +12,6 @@ from torch import nn
 from galago.deploy import onnx
 from galago.deploy.verify import compare
 from galago.errors import UserError
-from galago.layers import swap
 from galago.probe import Deployed
 from galago.quantize.layer import QuantLayer
 from galago.quantize.lsq import LSQ, LSQWeight
@@ -21,9 +20,9 @@ from galago.quantize.quantize import Quantize
 from galago.quantize.reestimate_norm import ReestimateNorm, measure_norms
 from galago.recipe import Parts
 from galago.tasks.classify import Classify
-from galago.testing import check_method, tiny_network
+from galago.testing import check_method
 from galago.train import train
-from samples import SmallNet, Stripes
+from samples import SmallNet, Stripes, quantized_tiny_network
 
 
 def quantize() -> Quantize:
@@ -90,16 +89,6 @@ def test_statistics_that_had_drifted_away_are_repaired(tmp_path: Path):
         with torch.no_grad():
             losses.append(nn.functional.cross_entropy(model(data.normalize(batch.input)), batch.target).item())
     assert losses[1] < 0.9 * losses[0]
-
-
-def quantized_tiny_network() -> nn.Module:
-    """The laws' network with one quantized layer, its range set."""
-    model = tiny_network()
-    path, layer = next((path, m) for path, m in model.named_modules() if isinstance(m, nn.Conv2d))
-    quant = QuantLayer(layer, LSQWeight(4), LSQ(4))
-    model = swap(model, path, quant)
-    quant.observe(torch.rand(4, layer.in_channels, 8, 8))
-    return model
 
 
 def test_it_obeys_the_laws_of_a_method():

@@ -11,12 +11,10 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torchmetrics import MetricCollection
 
-from galago.batch import Batch, Step
+from galago.batch import Batch
 from galago.deploy import onnx
 from galago.deploy.verify import compare
 from galago.errors import UserError
-from galago.layers import swap
-from galago.method import Forward, Method
 from galago.probe import Deployed, Probe
 from galago.quantize.ewgs import EWGS, EWGSWeight
 from galago.quantize.grad_boost import GradBoostAdamW, GradBoostSGD
@@ -32,10 +30,10 @@ from galago.run import Run
 from galago.schedule import Constant, Cosine
 from galago.task import Task
 from galago.tasks.classify import Classify, TopAccuracy
-from galago.testing import check_method, tiny_network
+from galago.testing import check_method
 from galago.train import train
 from galago.trainer import Learner, finish, follow, new_optimizer, prepare
-from samples import SmallNet, Stripes
+from samples import SmallNet, StopAt, Stopped, Stripes, quantized_tiny_network
 
 KINDS = {
     "MinMax": lambda: Quantize(MinMaxWeight(8), MinMax(8), stream=MinMax(8)),
@@ -182,26 +180,6 @@ def test_grad_boost_adds_noise_in_the_quantized_phase_only():
     course.epoch(1)
     assert (state["gradients"], state["boosts"]) == (6, 3)
     assert not is_float_step()
-
-
-class Stopped(BaseException):
-    """Like a kill: nothing in the program handles it."""
-
-
-class StopAt(Method):
-    """Dies at a batch of the training."""
-
-    at = 0
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen = 0
-
-    def step(self, batch: Batch, inner: Forward) -> Step:
-        self.seen += 1
-        if self.seen == self.at:
-            raise Stopped
-        return inner(batch)
 
 
 def run(folder: Path, kind: str = "LSQ", phase: int = 1, **options) -> nn.Module:
@@ -415,16 +393,6 @@ def test_an_encoder_and_decoder_trains_resumes_exports_and_is_verified(
     path = onnx.export(trained, data.example(), tmp_path / "model.onnx")
     outcome = compare(trained, {"onnxruntime": path}, Parts(task, data, ()), images=32)
     assert outcome["passed"], outcome
-
-
-def quantized_tiny_network() -> nn.Module:
-    """The laws' network with one quantized layer, its range set."""
-    model = tiny_network()
-    path, layer = next((path, m) for path, m in model.named_modules() if isinstance(m, nn.Conv2d))
-    quant = QuantLayer(layer, LSQWeight(4), LSQ(4))
-    model = swap(model, path, quant)
-    quant.observe(torch.rand(4, layer.in_channels, 8, 8))
-    return model
 
 
 @pytest.mark.parametrize("epochs", [0, 1])

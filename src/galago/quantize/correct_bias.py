@@ -135,6 +135,10 @@ def in_evaluation(model: nn.Module) -> Iterator[None]:
             rest(model)
 
 
+# What a convolution is made from, besides its bias.
+CONV2D = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+
+
 class BiasedConv2d(nn.Conv2d):
     """A convolution that was given a bias."""
 
@@ -149,8 +153,8 @@ def give_bias(quantized: QuantLayer) -> None:
     if old._parameters.get("bias") is not None:
         return
     if type(old) is nn.Conv2d:
-        sizes = (old.kernel_size, old.stride, old.padding, old.dilation, old.groups)
-        new: nn.Module = BiasedConv2d(old.in_channels, old.out_channels, *sizes, True, old.padding_mode)  # type: ignore[arg-type]
+        arguments = {name: getattr(old, name) for name in CONV2D}
+        new: nn.Module = BiasedConv2d(**arguments)
     elif type(old) is nn.Linear:
         new = BiasedLinear(old.in_features, old.out_features)
     else:

@@ -278,7 +278,7 @@ def weight_of(model: nn.Module, path: str) -> Tensor:
 
 def groups_of(model: nn.Module, path: str) -> int:
     """In how many groups of channels the convolution at a path computes."""
-    return int(find(model, path).groups)  # type: ignore[arg-type]
+    return int(getattr(find(model, path), "groups", 1))
 
 
 def spread(weight: Tensor) -> float:

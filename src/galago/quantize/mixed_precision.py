@@ -23,7 +23,8 @@ not with the layer's own quantizer: they should not depend on where ranges start
 the width of its layer's weight (`inputs: false` leaves inputs as `Quantize` made them). The budget counts the weights
 of all quantized layers; the first and last layer keep their width unless `edges` says otherwise. Each chosen layer gets
 fresh quantizers of the kind it had; then all ranges are set anew on the same images. An output of one column has no
-distribution: there the squared error, relative to the output's size, takes the divergence's place. Widths are 2 to 8.
+distribution: there the squared error, relative to the output's size, takes the divergence's place. Widths are 2 to 8;
+with `Quantize`'s `reduce_range` leave 8 out, which would bring its 8-bit weights back.
 """
 
 from __future__ import annotations
