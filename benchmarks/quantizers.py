@@ -5,8 +5,8 @@
     python benchmarks/quantizers.py --table                  # only the table of what is done
 
 ResNet-20 starts from published float weights; first and last layers and the residual streams have 8 bits (min-max) in
-all. Each combination becomes a recipe, which `galago ship` carries out: training, export, verification in both
-engines, measurement. Finished runs are skipped and interrupted ones continued, so the command can be given again.
+all. Each combination becomes a recipe, which is trained, exported, verified in both engines on 250 images, and measured
+as a file in ONNX Runtime. Finished runs are skipped and interrupted ones continued, so the command can be given again.
 
 STE is EWGS with its gradient scaling at zero: the same learned interval, the plain straight-through estimator. LSQ,
 LSQ+, PACT with SAWB and N2UQ have no 1-bit weights. N2UQ learns from labels here, as all do, not from a teacher.
@@ -85,8 +85,8 @@ def folder(name: str, bits: int, seed: int, chosen: argparse.Namespace) -> Path:
 
 
 def done(run: Path) -> bool:
-    """Whether everything of a run was measured; its comparison of speeds comes last."""
-    return (run / "verify.json").exists() and (run / "metrics.json").exists()
+    """Whether everything of a run was measured; its file's metrics come last."""
+    return (run / "verify.json").exists() and "onnx" in read(run / "metrics.json")
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -107,7 +107,15 @@ def ship(name: str, bits: int, seed: int, chosen: argparse.Namespace) -> None:
         return
     try:
         written.write_text(yaml.safe_dump(recipe(name, bits, seed, chosen), sort_keys=False))
-        subprocess.run([sys.executable, "-m", "galago.cli", "ship", "--config", str(written)], check=False)
+        of_run = ["--run", str(run)]
+        for command in (
+            ["train", "--config", str(written)],
+            ["export", *of_run],
+            ["verify", *of_run, "--images", "250"],
+            ["measure", *of_run],
+            ["measure", *of_run, "--artifact", str(run / "model.onnx"), "--latency", "true"],
+        ):
+            subprocess.run([sys.executable, "-m", "galago.cli", *command], check=False)
     finally:
         claim.unlink()
 
