@@ -8,6 +8,7 @@ Each leaves the same codes. What engines do was measured with ONNX Runtime 1.31 
   and keeps the convolution in float, unless the quantizer's range happens to imply it.
 - An encoder with an offset (EWGS, LSQ+) subtracts it in front of the quantizer, with the same effect. Where a
   convolution or linear layer comes just before, the offset goes into its bias, which is rounded to s_x s_c either way.
+- Values that come from codes and are quantized again with the same scale are those codes: the second quantizer goes.
 """
 
 from __future__ import annotations
@@ -39,6 +40,9 @@ def fuse(model: ir.Model) -> ir.Model:
     for node in list(model.graph):
         if node.op_type == "QuantizeLinear":
             shorten(model, node)
+    for node in list(model.graph):
+        if node.op_type == "QuantizeLinear":
+            reuse(model, node)
     return model
 
 
@@ -68,6 +72,18 @@ def shorten(model: ir.Model, quantize: ir.Node) -> None:
     limit(model, quantize, chain.low, chain.high)
     for node in passed:
         model.graph.remove(node, safe=True)
+
+
+def reuse(model: ir.Model, quantize: ir.Node) -> None:
+    """Gives a quantizer's reader the codes that the quantizer's input comes from, where they are the same."""
+    decode = None if quantize.inputs[0] is None else quantize.inputs[0].producer()
+    codes = decode.inputs[0] if decode is not None and decode.op_type == "DequantizeLinear" else None
+    if decode is None or codes is None or limits_of(quantize) != (0, 255):
+        return
+    scale, zero, read_scale, read_zero = (constant(value) for node in (quantize, decode) for value in node.inputs[1:3])
+    if scale == read_scale and zero == read_zero:
+        quantize.outputs[0].replace_all_uses_with(codes)
+        model.graph.remove(quantize, safe=True)
 
 
 def limits_of(quantize: ir.Node) -> tuple[int, int] | None:
