@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from galago.deploy.integer import lower
-from galago.deploy.verify import look_into_integer, look_into_trained
+from galago.deploy.look import look_into_integer, look_into_trained
 from galago.probe import Deployed
 from galago.quantize.dorefa import DoReFa, DoReFaWeight
 from galago.quantize.ewgs import EWGS, EWGSWeight

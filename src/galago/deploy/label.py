@@ -2,8 +2,10 @@
 
 Nodes are called `<module path>/<operator>`; a stream's codes are the value `<module path>/codes`. Layers that encode
 the same tensor in the same way share one value: `galago.streams`, in the model's metadata, gives the value of every
-stream whose codes go by another's name. What the exporter noted of the machine (source paths, stack traces) is removed,
-and so is what says no more than the standard does, for a small network's file is mostly its graph.
+stream whose codes go by another's name. So do streams behind equal operations on the same tensor, which the exporter
+makes one (DLA pools an image twice): the network itself is asked who gives the same codes. What the exporter noted of
+the machine (source paths, stack traces) is removed, and so is what says no more than the standard does, for a small
+network's file is mostly its graph.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import ast
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import onnx
 import onnx_ir as ir
@@ -20,12 +22,13 @@ STREAMS = "galago.streams"
 CODES = "/codes"
 
 
-def label(model: ir.Model, streams: Sequence[str]) -> None:
+def label(model: ir.Model, streams: Sequence[str], twins: Callable[[], Mapping[str, Sequence[str]]]) -> None:
     """Names everything after its layer.
 
     Args:
         model: as exported, with the exporter's notes; changed in place.
         streams: paths of the integer streams in the network.
+        twins: gives for each stream those of the same codes; asked only if a stream is not found.
     """
     seen: Counter[str] = Counter()
     for node in model.graph:
@@ -35,6 +38,9 @@ def label(model: ir.Model, streams: Sequence[str]) -> None:
         node.doc_string = None
         drop_defaults(node)
     values = name_codes(model)
+    if missing := [path for path in streams if path not in values]:
+        alike = twins()
+        values |= {path: values[twin] for path in missing for twin in alike[path] if twin in values}
     for value in (*model.graph.initializers.values(), *(out for node in model.graph for out in node.outputs)):
         value.metadata_props.clear()
     for value in list(model.graph.initializers.values()):

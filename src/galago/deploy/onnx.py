@@ -44,6 +44,7 @@ from galago.deploy.fuse import fuse
 from galago.deploy.integer import lower
 from galago.deploy.integer_layers import IntegerLayer, IntegerStream
 from galago.deploy.label import label
+from galago.deploy.look import look_into_integer
 from galago.deploy.pack import pack
 from galago.deploy.reading import DECODED, IMAGE, OUTPUT, first_line
 from galago.errors import UserError
@@ -120,7 +121,8 @@ def build(deployed: Deployed, example: Tensor, float_image: bool = False) -> onn
     image = image.float() / 255 if float_image and not image.is_floating_point() else image
     program = traced(Artifact(deployed).cpu().eval(), image)
     model = fuse(converted(program).model)
-    label(model, [path for path, part in deployed.network.named_modules() if isinstance(part, IntegerStream)])
+    streams = [path for path, part in deployed.network.named_modules() if isinstance(part, IntegerStream)]
+    label(model, streams, lambda: twins(deployed, image))
     model.producer_name, model.producer_version, model.graph.name = "galago", None, "galago"
     return ir.to_proto(model)
 
@@ -195,6 +197,15 @@ def integer_layers(deployed: nn.Module) -> dict[str, IntegerLayer]:
     """Every integer layer by its path in the network."""
     network = deployed.get_submodule("network")
     return {path: layer for path, layer in network.named_modules() if isinstance(layer, IntegerLayer)}
+
+
+@torch.no_grad()
+def twins(deployed: Deployed, image: Tensor) -> dict[str, list[str]]:
+    """For each integer stream the paths of those that give the very same codes, itself left out."""
+    codes = look_into_integer(deployed, image)[1]
+    return {
+        path: [other for other in codes if other != path and torch.equal(codes[other], codes[path])] for path in codes
+    }
 
 
 @contextmanager
