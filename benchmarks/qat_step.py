@@ -5,7 +5,8 @@
 
 A step is forward, cross-entropy, backward and SGD with momentum, channels last, on random images. The variants take
 turns, a step each, so that whatever else the machine does meets all alike; what counts is the ratio to float in the
-same round, of which the median and the quartiles are shown. All convolutions but the first are quantized.
+same round, of which the median and the quartiles are shown. All convolutions but the first are quantized. Memory is the
+most that a step holds at once beside weights and the optimizer's state.
 
 Peers: PyTorch's learnable fake-quantize kernel, and Brevitas where it is installed (`pip install galago[bench]`),
 which quantizes the ReLU's output once instead of each convolution's input. Neither is compiled by `--compile` unless
@@ -20,6 +21,7 @@ import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -147,13 +149,33 @@ def measured(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
     return times
 
 
-def table(times: dict[str, list[float]], title: str) -> Table:
-    """Medians and ratios to float of the same round."""
-    made = Table("variant", "ms a step", "over float", "quartiles", title=title)
+def most_memory(step: Step, device: str) -> float:
+    """MB that a step holds at once, at most, more than before it."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+        step()
+    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate(e.nbytes() for e in sorted(events, key=lambda event: event.start_ns()))) / 1e6
+
+
+def table(times: dict[str, list[float]], memory: dict[str, float], title: str) -> Table:
+    """Medians and ratios to float of the same round; memory."""
+    made = Table("variant", "ms a step", "over float", "quartiles", "MB", "over float", title=title)
     for name, taken in times.items():
         ratios = [one / base for one, base in zip(taken, times["float"], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
-        made.add_row(name, f"{statistics.median(taken):.1f}", f"{middle:.2f}", f"{low:.2f} to {high:.2f}")
+        made.add_row(
+            name,
+            f"{statistics.median(taken):.1f}",
+            f"{middle:.2f}",
+            f"{low:.2f} to {high:.2f}",
+            f"{memory[name]:.0f}",
+            f"{memory[name] / memory['float']:.2f}",
+        )
     return made
 
 
@@ -183,7 +205,9 @@ def main() -> None:
         steps[name] = step_of(model, images, labels, chosen.bf16, compiled)
     how = f"{'bf16' if chosen.bf16 else 'fp32'}, {'compiled' if chosen.compile else 'eager'}"
     title = f"{chosen.model}, batch {chosen.batch}, W{chosen.bits}A{chosen.bits}, {how}, {chosen.device}"
-    Console().print(table(measured(steps, chosen.steps), f"{title}, {torch.get_num_threads()} threads"))
+    times = measured(steps, chosen.steps)
+    memory = {name: most_memory(step, chosen.device) for name, step in steps.items()}
+    Console().print(table(times, memory, f"{title}, {torch.get_num_threads()} threads"))
 
 
 if __name__ == "__main__":

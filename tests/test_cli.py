@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from conftest import ROOT
-from galago import cli
+from galago import cli, ship
 
 RECIPE: dict[str, Any] = {
     "model": {"class_path": "galago.models.tiny.Tiny", "init_args": {"width": 4}},
@@ -112,6 +112,30 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, capsys: pytest.Capt
 
 def test_a_missing_recipe_is_named(capsys: pytest.CaptureFixture[str]):
     assert "nowhere.yaml" in complaint(capsys, "train", "--config", "nowhere.yaml")
+
+
+def needing(folder: Path, name: str, *needed: str) -> Path:
+    """A recipe of its own run that needs others."""
+    path = folder / name
+    path.write_text(yaml.safe_dump(RECIPE | {"run": str(folder / path.stem), "needs": list(needed)}))
+    return path
+
+
+def test_what_a_needed_recipe_needs_is_trained_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    trained: list[str] = []
+    monkeypatch.setattr(ship, "measure_run", lambda run, **_: None)
+    monkeypatch.setattr(ship.recipe, "train_recipe", lambda arguments: trained.append(Path(arguments[1]).name))
+    needing(tmp_path, "first.yaml")
+    needing(tmp_path, "second.yaml", "first.yaml")
+    third = needing(tmp_path, "third.yaml", "second.yaml")
+    ship._needed(third, [])
+    assert trained == ["first.yaml", "second.yaml", "third.yaml"]
+
+
+def test_recipes_that_need_each_other_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    needing(tmp_path, "chicken.yaml", "egg.yaml")
+    egg = needing(tmp_path, "egg.yaml", "chicken.yaml")
+    assert "chicken.yaml → egg.yaml → chicken.yaml" in complaint(capsys, "ship", "--config", str(egg))
 
 
 def mutations(value: Any, draw: random.Random) -> Any:

@@ -81,7 +81,12 @@ def test_a_finished_run_is_given_back_not_trained_again(tmp_path: Path):
 
 def test_restart_throws_the_old_run_away(tmp_path: Path):
     first = trained(tmp_path, epochs=1)
+    measured, own = tmp_path / "latency.json", tmp_path / "notes.txt"
+    measured.touch()
+    own.touch()
     assert not equal(first, trained(tmp_path, epochs=2, restart=True))
+    assert own.exists()
+    assert not measured.exists()
 
 
 def test_accumulating_two_half_batches_is_one_whole_batch(tmp_path: Path, small_net: SmallNet):

@@ -46,6 +46,17 @@ class Cosine(Schedule):
         return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
 
+class LinearDecay(Schedule):
+    """From 1 to 0 in a straight line.
+
+    >>> [LinearDecay()(progress) for progress in (0.0, 0.25, 1.0)]
+    [1.0, 0.75, 0.0]
+    """
+
+    def __call__(self, progress: float) -> float:
+        return 1.0 - progress
+
+
 class Steps(Schedule):
     """Multiplied by `factor` at each milestone, after a linear warm-up.
 

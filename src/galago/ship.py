@@ -11,6 +11,7 @@ from galago.console import say
 from galago.deploy import onnx, openvino
 from galago.deploy.report.report import write_report
 from galago.deploy.verify import show, verify_run
+from galago.errors import UserError
 from galago.measure import measure_latency, measure_run
 from galago.probe import Deployed
 from galago.run import Run, load, normalization_of
@@ -39,14 +40,19 @@ def ship(arguments: Sequence[str]) -> int:
     return 0 if outcome["passed"] else 1
 
 
-def _needed(path: Path, arguments: Sequence[str]) -> Path:
-    """The run of a recipe that this one needs, trained and measured if it is not there yet."""
+def _needed(path: Path, arguments: Sequence[str], above: tuple[Path, ...] = ()) -> Path:
+    """The run of a recipe that this one needs, trained (behind what it needs itself) and measured if it is not yet."""
     base = next((Path(value).parent for option, value in pairwise(arguments) if option == "--config"), Path())
-    location = path if path.exists() else base / path
-    config = recipe.parse(["--config", str(location)])
+    location = (path if path.exists() else base / path).resolve()
+    if location in above:
+        raise UserError(f"needs: {location.name} needs itself: {' → '.join(p.name for p in (*above, location))}")
+    own = ["--config", str(location)]
+    config = recipe.parse(own)
     if not Run(config.run).finished:
+        for further in config.needs or ():
+            _needed(Path(further), own, (*above, location))
         say(f"— train {config.run} first, which the recipe needs")
-        recipe.train_recipe(["--config", str(location)])
+        recipe.train_recipe(own)
     measure_run(Path(config.run), allow=packages(recipe.plain(config)))
     return Path(config.run)
 

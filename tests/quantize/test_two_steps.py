@@ -16,8 +16,9 @@ from galago.quantize.lsq import LSQ, LSQWeight
 from galago.quantize.min_max import MinMax, MinMaxWeight
 from galago.quantize.quantize import Quantize
 from galago.quantize.reactnet import BinaryWeight, RSign
-from galago.quantize.two_steps import LinearDecay, StartFrom
+from galago.quantize.two_steps import StartFrom
 from galago.run import Run, load
+from galago.schedule import LinearDecay
 from galago.tasks.classify import Classify
 from galago.testing import check_method, tiny_network
 from galago.train import train
@@ -168,8 +169,3 @@ def test_it_obeys_the_laws_of_a_method(tmp_path):
     folder.mkdir()
     Run(folder).save_model(tiny_network(), Normalize([0.5] * 3, [0.25] * 3))
     check_method(lambda: StartFrom(folder))
-
-
-def test_linear_decay_is_a_line():
-    schedule = LinearDecay()
-    assert [schedule(step / 4) for step in range(5)] == [1.0, 0.75, 0.5, 0.25, 0.0]

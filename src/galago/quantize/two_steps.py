@@ -9,7 +9,7 @@ takes the signs of the weights, and starts optimizer and schedule afresh. `Start
 run: it copies what is called and shaped alike, whether a layer is quantized in one of the two runs or in both.
 
     step 1: Adam, decay 5e-6, inputs binary     step 2: Adam, no decay, inputs and weights binary
-    both:   learning rate falling in a line to 0 (`LinearDecay`)
+    both:   learning rate falling in a line to 0 (`galago.schedule.LinearDecay`)
 
 When to use it: list it in front of `Quantize` in the second recipe, and name the first recipe under `needs`. Also for
 other sequences, such as 4 bits before 2; then with `ranges: false`, since such ranges mean something else. It costs
@@ -39,7 +39,6 @@ from galago.errors import UserError
 from galago.layers import Wrapper
 from galago.method import Method
 from galago.run import load
-from galago.schedule import Schedule
 
 SHOWN = 3
 
@@ -130,14 +129,3 @@ def copy_matching(given: Sequence[Named], model: nn.Module) -> None:
         found = theirs.get(own.name)
         if found is not None and found.shape == own.tensor.shape:
             own.tensor.copy_(found)
-
-
-class LinearDecay(Schedule):
-    """From 1 to 0 in a straight line.
-
-    >>> [LinearDecay()(progress) for progress in (0.0, 0.25, 1.0)]
-    [1.0, 0.75, 0.0]
-    """
-
-    def __call__(self, progress: float) -> float:
-        return 1.0 - progress
