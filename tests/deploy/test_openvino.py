@@ -121,6 +121,18 @@ def test_a_scale_that_almost_is_another_stays_what_it_is(ratio: float, tmp_path:
     assert (kept > 0) == (ratio in (1.003, 0.997))  # what costs time stands only where it is needed
 
 
+@pytest.mark.parametrize(("stride", "expected"), [(4, 1), (2, 0)])
+def test_a_pooling_stands_between_patches_and_their_quantizer(stride: int, expected: int, tmp_path: Path) -> None:
+    """In DeiT, ViT and ConvNeXt the engine gave every channel the bias of the first; a small network does not show it."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 8, 4, stride), nn.Flatten(2), nn.LayerNorm(9 if stride == 4 else 25))
+    image = images(4)
+    whole = exported(quantize(network, torch.randn(4, 3, 12, 12), PerChannel, Ranged, Ranged, ("0",)), tmp_path, 12)
+    agrees(whole, 12)
+    kept = openvino.keep_biases(onnx.build(whole.integer, image))
+    assert sum(node.op_type == "MaxPool" for node in kept.graph.node) == expected
+
+
 def test_codes_are_thinned_out_before_a_convolution_of_one_pixel_and_nothing_changes(tmp_path: Path) -> None:
     network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 1, stride=2), nn.Flatten())
     image = images(4, 13)
