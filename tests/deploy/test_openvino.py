@@ -121,11 +121,14 @@ def test_a_scale_that_almost_is_another_stays_what_it_is(ratio: float, tmp_path:
     assert (kept > 0) == (ratio in (1.003, 0.997))  # what costs time stands only where it is needed
 
 
-@pytest.mark.parametrize(("stride", "expected"), [(4, 1), (2, 0)])
-def test_a_pooling_stands_between_patches_and_their_quantizer(stride: int, expected: int, tmp_path: Path) -> None:
-    """In DeiT, ViT and ConvNeXt the engine gave every channel the bias of the first; a small network does not show it."""
+@pytest.mark.parametrize("stride", [4, 2])
+@pytest.mark.parametrize("tokens", [True, False])
+def test_a_pooling_stands_between_tokens_and_their_quantizer(stride: int, tokens: bool, tmp_path: Path) -> None:
+    """In DeiT and ConvNeXt the engine gave every channel the bias of the first; a small network does not show it."""
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Conv2d(3, 8, 4, stride), nn.Flatten(2), nn.LayerNorm(9 if stride == 4 else 25))
+    expected = stride == 4 or tokens
+    behind = nn.Flatten(2) if tokens else nn.Sigmoid()
+    network = nn.Sequential(nn.Conv2d(3, 8, 4, stride), behind, nn.Softmax(1), nn.Flatten(1))
     image = images(4)
     whole = exported(quantize(network, torch.randn(4, 3, 12, 12), PerChannel, Ranged, Ranged, ("0",)), tmp_path, 12)
     agrees(whole, 12)

@@ -11,9 +11,9 @@ at most. A convolution of one pixel that leaves out every other one (ResNet's sh
 pooling in float, in front of the quantizer, and a float convolution; a pooling of the codes does the same in integers.
 A quantizer that reads codes whose scale is almost its own, within a 255th, is left out, also in the branches of a
 concatenation before it (3 % of the next layer's codes came out one step off); an average over one pixel prevents that.
-Where a network cuts its image into patches (ConvNeXt, vision transformers) the bias of that convolution was moved into
-the quantizer behind it, and every channel got that of the first one (75 % of DeiT's codes wrong); that depended on what
-else was in the graph. A pooling over one pixel between the two keeps the bias where it is.
+Where a convolution makes tokens (patches in ConvNeXt, DeiT, PiT) its bias was moved into the quantizer behind it, and
+every channel got that of the first one (75 % of DeiT's codes wrong); that depended on what else was in the graph. A
+pooling over one pixel between the two keeps the bias where it is.
 """
 
 from __future__ import annotations
@@ -124,8 +124,10 @@ def keep_roundings(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def keep_biases(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with a pooling over one pixel between a convolution of patches and the quantizer that reads it."""
+    """The model with a pooling over one pixel between a convolution that makes tokens and the quantizer behind it."""
     makers = makers_of(model)
+    turned = {name for node in model.graph.node if node.op_type in ("Reshape", "Transpose") for name in node.input}
+    codes = {n.input[0] for n in model.graph.node if n.op_type == "DequantizeLinear" and turned.intersection(n.output)}
 
     def before(node: onnx.NodeProto) -> list[onnx.NodeProto]:
         source = makers.get(node.input[0]) if node.op_type == "QuantizeLinear" else None
@@ -133,7 +135,8 @@ def keep_biases(model: onnx.ModelProto) -> onnx.ModelProto:
             return []
         found = {attribute.name: list(attribute.ints) for attribute in source.attribute}
         patches = max(found["kernel_shape"]) > 1 and found["kernel_shape"] == found.get("strides")
-        return [one_pixel_pooling(node, "MaxPool", len(found["kernel_shape"]))] if patches else []
+        tokens = patches or codes.intersection(node.output)
+        return [one_pixel_pooling(node, "MaxPool", len(found["kernel_shape"]))] if tokens else []
 
     return rewritten(model, before)
 
