@@ -14,7 +14,10 @@ import pytest
 import torch
 
 from galago.catalogue import ideas
-from galago.distill.logits import DistillLogits
+from galago.distill.attention import Attention
+from galago.distill.distill import Distill
+from galago.distill.hints import Hints
+from galago.distill.logits import SoftTargets
 from galago.laws.trial import TinyImages, Trial, classify, clone, exported, tiny_network
 from galago.method import Method
 from galago.quantize.adaround import AdaRound
@@ -35,7 +38,7 @@ from galago.trainer import finish
 GIVEN: dict[str, Callable[[], Method]] = {
     "AdaRound": lambda: AdaRound(iterations=2, batches=1),
     "BRECQ": lambda: BRECQ(iterations=2, scale_iterations=2, batches=1),
-    "DistillLogits": lambda: DistillLogits(tiny_network()),
+    "Distill": lambda: Distill(tiny_network(), [SoftTargets(), Attention(1.0, layers=[-1]), Hints(1.0, layers=[-1])]),
     "FewImages": lambda: FewImages(iterations=2, batches=1),
     "MixedPrecision": lambda: MixedPrecision(mean_weight_bits=6, widths=(4, 8), edges=True),
     "Quantize": lambda: Quantize(LSQWeight(4), EWGS(4), stream=MinMax(8)),
@@ -112,8 +115,8 @@ def test_every_method_is_in_the_sample() -> None:
 
 
 def test_losses_of_both_methods_are_there() -> None:
-    losses = trial("DistillLogits", "CutMix").step(0).losses
-    assert losses.keys() == {"cross_entropy", "distillation"}
+    losses = trial("Distill", "CutMix").step(0).losses
+    assert losses.keys() == {"cross_entropy", "soft_targets", "attention", "hints"}
 
 
 def test_a_batch_goes_down_the_list_in_order() -> None:

@@ -16,6 +16,7 @@ from galago import recipe
 from galago.catalogue import ideas
 from galago.data import Normalize
 from galago.datasets.digits import Digits
+from galago.models.resnet import resnet20
 from galago.models.tiny import Tiny
 from galago.probe import device_of
 from galago.run import Run
@@ -85,7 +86,8 @@ def without_teachers(content: Any, folder: Path, normalize: Normalize) -> Any:
     if isinstance(content, dict) and content.get("class_path") == "galago.run.load":
         run = Run(folder / "teacher")
         run.folder.mkdir(exist_ok=True)
-        run.save_model(Tiny(channels=normalize.mean.numel(), width=4), normalize)
+        channels = normalize.mean.numel()
+        run.save_model(resnet20() if channels == 3 else Tiny(channels=channels, width=4), normalize)
         return {"class_path": "galago.run.load", "init_args": {"run": str(run.folder)}}
     if isinstance(content, dict):
         return {key: without_teachers(value, folder, normalize) for key, value in content.items()}

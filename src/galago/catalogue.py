@@ -15,6 +15,7 @@ KINDS = {
     "Method": "method",
     "Quantizer": "quantizer",
     "GradientQuantizer": "quantizer of gradients",
+    "Lesson": "distillation loss",
     "Probe": "probe",
     "OutputProbe": "probe",
     "Task": "task",

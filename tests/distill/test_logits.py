@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from galago.batch import Batch, Step
 from galago.data import Data, Loader, Normalize
-from galago.distill.logits import DistillLogits, softened_divergence
+from galago.distill.distill import Distill
+from galago.distill.logits import SoftTargets, softened_divergence
 from galago.errors import UserError
 from galago.layers import swap
 from galago.method import Forward, Method
@@ -45,6 +46,11 @@ def network(classes: int = 3) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(16), nn.Linear(16, classes))
 
 
+def distilled(teacher: nn.Module, temperature: float = 4.0, weight: float = 0.9, task_weight: float = 0.1) -> Distill:
+    """The classic: softened probabilities beside the labels."""
+    return Distill(teacher, [SoftTargets(temperature, weight)], task_weight)
+
+
 class TwoHeads(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +73,7 @@ def total(student: Tensor, **arguments: Any) -> Step:
             return golden("z_teacher").float()
 
     target = torch.eye(7)[golden("y")]
-    return DistillLogits(Teacher(), **arguments).step(Batch(student, target), Forward(nn.Identity(), Classify(7)))
+    return distilled(Teacher(), **arguments).step(Batch(student, target), Forward(nn.Identity(), Classify(7)))
 
 
 def test_divergence_and_its_gradient_are_the_official_ones() -> None:
@@ -109,7 +115,7 @@ def test_divergence_is_zero_only_for_scores_that_differ_by_a_constant() -> None:
 
 
 def test_teacher_learns_nothing_and_stays_in_evaluation_mode() -> None:
-    method, model = DistillLogits(network()), network()
+    method, model = distilled(network()), network()
     method.train()
     before = {name: tensor.clone() for name, tensor in method.state_dict().items()}
     method.step(batch(), Forward(model, Classify(3))).loss.backward()
@@ -126,16 +132,16 @@ def test_teacher_sees_the_batch_as_the_model_saw_it() -> None:
             return inner(batch._replace(input=batch.input * 0.5))
 
     teacher, model, given = network(), network(), batch()
-    step = DistillLogits(teacher, weight=1.0).step(given, Forward(model, Classify(3), (Darken(),)))
+    step = distilled(teacher, weight=1.0).step(given, Forward(model, Classify(3), (Darken(),)))
     expected = softened_divergence(step.output, teacher(given.input * 0.5), 4.0)
-    torch.testing.assert_close(step.losses["distillation"], expected)
+    torch.testing.assert_close(step.losses["soft_targets"], expected)
 
 
 def test_main_output_is_distilled_where_there_are_several() -> None:
     teacher, model = TwoHeads(), TwoHeads()
-    step = DistillLogits(teacher, weight=1.0).step(batch(), Forward(model, Classify(3)))
+    step = distilled(teacher, weight=1.0).step(batch(), Forward(model, Classify(3)))
     expected = softened_divergence(step.output["main"], teacher(batch().input)["main"], 4.0)
-    torch.testing.assert_close(step.losses["distillation"], expected)
+    torch.testing.assert_close(step.losses["soft_targets"], expected)
 
 
 def test_task_weight_leaves_other_methods_losses_alone() -> None:
@@ -143,35 +149,35 @@ def test_task_weight_leaves_other_methods_losses_alone() -> None:
         def step(self, batch: Batch, inner: Forward) -> Step:
             return inner(batch).add(penalty=torch.tensor(2.0))
 
-    step = DistillLogits(network(), weight=0.7).step(batch(), Forward(network(), Classify(3), (Penalty(),)))
+    step = distilled(network(), weight=0.7).step(batch(), Forward(network(), Classify(3), (Penalty(),)))
     assert step.losses["penalty"].item() == 2.0
     alone = Forward(network(), Classify(3))(batch())
-    assert step.losses.keys() == {*alone.losses, "penalty", "distillation"}
+    assert step.losses.keys() == {*alone.losses, "penalty", "soft_targets"}
 
 
 def test_a_teacher_of_other_classes_is_refused_with_both_numbers() -> None:
     with pytest.raises(UserError, match="teacher tells 5 classes apart, the model 3"):
-        DistillLogits(network(5)).prepare(network(3), Images())
+        distilled(network(5)).prepare(network(3), Images())
 
 
 def test_a_teacher_of_another_normalization_is_refused_with_both() -> None:
     teacher = network()
     teacher.__dict__["normalization"] = Normalize([0.5], [0.5])  # as `galago.run.load` notes it
     with pytest.raises(UserError, match=r"std \[0.5\].*\[0.25\]"):
-        DistillLogits(teacher).prepare(network(), Images())
+        distilled(teacher).prepare(network(), Images())
     teacher.__dict__["normalization"] = Normalize([0.5, 0.5, 0.5], [0.25, 0.25, 0.25])
     with pytest.raises(UserError, match="mean"):
-        DistillLogits(teacher).prepare(network(), Images())
+        distilled(teacher).prepare(network(), Images())
 
 
 def test_a_teacher_of_the_same_normalization_is_welcome() -> None:
     teacher, model = network(), network()
     teacher.__dict__["normalization"] = Normalize([0.5], [0.25])
-    assert DistillLogits(teacher).prepare(model, Images()) is model
+    assert distilled(teacher).prepare(model, Images()) is model
 
 
 def test_preparing_leaves_the_model_and_the_random_state_untouched() -> None:
-    model, method = nn.Sequential(network(), nn.Dropout()).train(), DistillLogits(network())
+    model, method = nn.Sequential(network(), nn.Dropout()).train(), distilled(network())
     before, state = {n: t.clone() for n, t in model.state_dict().items()}, torch.get_rng_state()
     method.prepare(model, Images())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -181,7 +187,7 @@ def test_preparing_leaves_the_model_and_the_random_state_untouched() -> None:
 
 def test_a_finished_model_holds_nothing_of_the_teacher() -> None:
     model = network()
-    method = DistillLogits(network())
+    method = distilled(network())
     finished = method.finish(method.prepare(model, Images()))
     teachers = {id(module) for module in method.modules()}
     assert not any(id(module) in teachers for module in finished.modules())
@@ -193,17 +199,17 @@ def test_half_precision_scores_are_compared_in_full() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x.flatten(1)[:, :3].bfloat16()
 
-    step = DistillLogits(Half(), weight=1.0).step(batch(), Forward(network(), Classify(3)))
-    assert step.losses["distillation"].dtype == torch.float32
+    step = distilled(Half(), weight=1.0).step(batch(), Forward(network(), Classify(3)))
+    assert step.losses["soft_targets"].dtype == torch.float32
 
 
 def test_a_temperature_that_is_not_positive_is_refused() -> None:
     with pytest.raises(UserError, match="temperature"):
-        DistillLogits(network(), temperature=0.0)
+        distilled(network(), temperature=0.0)
 
 
 def test_it_obeys_the_laws() -> None:
-    check_method(lambda: DistillLogits(tiny_network()))
+    check_method(lambda: distilled(tiny_network()))
 
 
 def test_it_distills_into_a_quantized_network_within_the_laws() -> None:
@@ -212,4 +218,4 @@ def test_it_distills_into_a_quantized_network_within_the_laws() -> None:
         swap(model, "down.0", QuantLayer(model.down[0], MinMaxWeight(4), MinMax(4)))
         return model
 
-    check_method(lambda: DistillLogits(tiny_network()), make_model=quantized)
+    check_method(lambda: distilled(tiny_network()), make_model=quantized)

@@ -13,7 +13,7 @@ levels were rounded up or down at random (G-STE). Weights are scaled so that all
     weights  s_c = (2^b - 1) / 2^(b-1) mean|W_c|,  k = round((clip(W_c / s_c, -1, 1) + 1) N / 2)
              W_hat = s_c (2k / N - 1)
 
-When to use it: 2 to 4 bits, with a teacher's probabilities as the only loss (`DistillLogits` with temperature 1 and
+When to use it: 2 to 4 bits, with a teacher's probabilities as the only loss (`SoftTargets` with temperature 1 and
 task_weight 0), as the paper trains it. In files the inputs are N comparisons, which engines compute in float before the
 integer layer: at 2 bits cheap, at 4 bits slower than `LSQ`, `EWGS`. A training step costs 2 N sums a tensor.
 

@@ -14,7 +14,7 @@ that of a curve that leads from -1 to 1 and is steepest at the threshold.
 Inputs beyond 1 on either side of the threshold are saturated: no gradient passes, and the weights before them get next
 to none. Adam divides by the size of a weight's gradients and so still moves such weights, which plain SGD leaves where
 they were. Decay makes real weights small, so that their signs turn more easily: good for finding a start, bad for
-settling. Hence two trainings, both with Adam and with a teacher's probabilities as the only loss (`DistillLogits` with
+settling. Hence two trainings, both with Adam and with a teacher's probabilities as the only loss (`SoftTargets` with
 temperature 1 and task_weight 0, whose gradient is the paper's): first with binary inputs and real weights (`Quantize`
 with `weight: null`), with decay; then from there (`galago.quantize.two_steps`) with binary weights, without decay.
 

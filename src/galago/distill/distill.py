@@ -1,0 +1,166 @@
+"""`Distill`: a frozen teacher, run once in a step, and any number of lessons that pull the model towards it.
+
+    L = γ L_task + Σ_l w_l(progress) L_l(model, teacher)
+
+A lesson is one paper's loss (`galago.distill.lesson`): the teacher's probabilities (`logits`, `decoupled`,
+`correlation`), its features (`hints`, `attention`, `solution_flow`), how its images relate to each other (`relations`,
+`similarity`). They share the teacher's forward pass, so that a second one costs next to nothing.
+
+Chosen here: the teacher sees the batch as the model saw it, mixed images included, so its answer is about the same
+image. γ weighs the task's own losses only, not those of other methods. Where an output is a dict, its entry `main`
+counts. The teacher stays in evaluation mode, without gradients (`no_grad` and not `inference_mode`, whose tensors
+cannot take part in the model's gradient), and is kept in the checkpoint: an exact resume then does not depend on
+whether the teacher's own run has changed in the meantime. Adapters train with the model. The finished model holds
+nothing of all this. Everything that can be wrong with names and shapes is wrong before the first step.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Self
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from galago.batch import Batch, Step
+from galago.data import Data
+from galago.distill.lesson import Lesson, Seen, View, at
+from galago.distill.taps import Taps, resolved, stages
+from galago.distill.teacher import require_same_normalization, require_teachable, scores
+from galago.errors import UserError
+from galago.method import Forward, Method
+from galago.probe import device_of, evaluating
+
+
+class Distill(Method):
+    """Pulls the model towards a frozen teacher, in as many ways as there are lessons.
+
+    Args:
+        teacher: a trained network for the same classes and the same normalization.
+        lessons: the losses between the two.
+        task_weight: of the task's own losses; 0 learns from the teacher alone.
+    """
+
+    def __init__(self, teacher: nn.Module, lessons: Sequence[Lesson], task_weight: float = 1.0) -> None:
+        super().__init__()
+        if not lessons:
+            raise UserError("Distill: lessons is empty; name at least one, such as galago.distill.logits.SoftTargets")
+        self.teacher = teacher.requires_grad_(False).eval()
+        self.lessons, self.task_weight = nn.ModuleList(lessons), task_weight
+        self.names = names_of(lessons)
+        self._taps: tuple[Taps, Taps] | None = None
+        self._table: Table | None = None
+
+    def train(self, mode: bool = True) -> Self:
+        """As usual, except that the teacher stays in evaluation mode."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def prepare(self, model: nn.Module, data: Data) -> nn.Module:
+        """Changes nothing in the model but adds hooks; adapters are built for the shapes of both networks.
+
+        Raises:
+            UserError: the teacher cannot teach this model, or layers are not there or cannot be compared.
+        """
+        require_same_normalization(self.teacher, data.normalize)
+        device = device_of(model)
+        image = data.normalize(data.example()[:1]).to(device)
+        self.teacher.to(device)
+        with evaluating(model), torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+            self._resolve(model, image)
+            pairs = self._pairs()
+            self._taps = Taps(model, [own for _, own, _ in pairs]), Taps(self.teacher, [its for _, _, its in pairs])
+            answers = scores(model(image)), scores(self.teacher(image))
+            require_teachable(*answers)
+            for taps, whose in zip(self._taps, ("the model", "the teacher"), strict=True):
+                taps.check(whose)
+            for lesson in self._lessons():
+                lesson.fit(*self._views(lesson, *answers))
+                lesson.to(device)
+        self._table = self._described()
+        return model
+
+    def step(self, batch: Batch, inner: Forward) -> Step:
+        step = inner(batch)
+        with torch.no_grad():
+            wanted = scores(self.teacher(step.batch.input))
+            own = inner.task.losses(step.output, step.batch).keys()  # other methods' losses keep their weights
+        losses = {name: self.task_weight * loss if name in own else loss for name, loss in step.losses.items()}
+        step = step._replace(losses=losses)
+        said = scores(step.output)
+        for name, lesson in zip(self.names, self._lessons(), strict=True):
+            student, teacher = self._views(lesson, said, wanted)
+            loss = lesson(Seen(student, teacher, step.batch, inner.progress))
+            step = step.add(**{name: at(lesson.weight, inner.progress) * loss})
+        return step
+
+    def finish(self, model: nn.Module) -> nn.Module:
+        """Takes the hooks away."""
+        if self._taps is not None:
+            self._taps[0].remove(model)
+        return model
+
+    def summary(self) -> Table | None:
+        """Which layers are compared, with their shapes and what stands between them; None for scores alone."""
+        return self._table
+
+    def _lessons(self) -> list[Lesson]:
+        return [lesson for lesson in self.lessons if isinstance(lesson, Lesson)]
+
+    def _pairs(self) -> list[tuple[Lesson, str, str]]:
+        """Every lesson's layers, two by two."""
+        return [
+            (lesson, own, its)
+            for lesson in self._lessons()
+            for own, its in zip(lesson.paths, lesson.teacher_paths, strict=True)
+        ]
+
+    def _resolve(self, model: nn.Module, image: Tensor) -> None:
+        """Numbers of stages become paths."""
+        asked = [layer for lesson in self._lessons() for layer in (*lesson.layers, *lesson.teacher_layers)]
+        numbered = any(isinstance(layer, int) for layer in asked)
+        own, its = (stages(network, image) if numbered else [] for network in (model, self.teacher))
+        for lesson in self._lessons():
+            name = type(lesson).__name__
+            lesson.paths = resolved(lesson.layers, own, f"{name}: the model")
+            lesson.teacher_paths = resolved(lesson.teacher_layers, its, f"{name}: the teacher")
+
+    def _views(self, lesson: Lesson, said: Tensor, wanted: Tensor) -> tuple[View, View]:
+        """What the lesson compares, of what both networks gave last."""
+        own, its = (taps.values for taps in self._taps) if self._taps is not None else ({}, {})
+        return (
+            View(said, [own[path].float() for path in lesson.paths]),
+            View(wanted, [its[path].detach().float() for path in lesson.teacher_paths]),
+        )
+
+    def _described(self) -> Table | None:
+        if not (pairs := self._pairs()):
+            return None
+        table = Table("lesson", "layer of the model", "shape", "layer of the teacher", "shape", "between")
+        between = [note for lesson in self._lessons() for note in lesson.adapters()]
+        for (lesson, own, its), note in zip(pairs, between, strict=True):
+            cells = [
+                (path, by_sizes(taps.values[path])) for path, taps in zip((own, its), self._taps or (), strict=True)
+            ]
+            table.add_row(type(lesson).__name__, *cells[0], *cells[1], note)
+        return table
+
+
+def names_of(lessons: Sequence[Lesson]) -> list[str]:
+    """What each lesson's loss is called in the log: its class in small letters, numbered where it comes again."""
+    seen: Counter[str] = Counter()
+    names = []
+    for lesson in lessons:
+        name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(lesson).__name__).lower()
+        seen[name] += 1
+        names.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
+    return names
+
+
+def by_sizes(tensor: Tensor) -> str:
+    """C×H×W, as text."""
+    return "×".join(map(str, tensor.shape[1:]))

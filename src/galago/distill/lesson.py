@@ -1,0 +1,103 @@
+"""The promise of every distillation loss: a `Lesson` is one measure of how far a model is from its teacher.
+
+`galago.distill.distill.Distill` runs the teacher once in a step, whatever the number of lessons, and hands each what
+it asked for: the scores of both networks, and what some of their layers gave out. A lesson that compares layers names
+them, by path or by number of stage (0 is the first resolution, -1 the last), or leaves the choice to its custom.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from galago.batch import Batch
+from galago.errors import UserError
+from galago.schedule import Schedule
+
+
+class View(NamedTuple):
+    """What one network made of a batch."""
+
+    scores: Tensor  # N×K, float32
+    features: list[Tensor]  # of the lesson's layers, in order, float32
+
+
+class Seen(NamedTuple):
+    """What a lesson is given in a step."""
+
+    student: View
+    teacher: View  # without gradients
+    batch: Batch  # as both networks saw it
+    progress: float  # of the whole training, 0 to 1
+
+
+class Lesson(nn.Module, ABC):
+    """One loss between a model and its teacher. Networks of its own (adapters) are made in `fit`, and train along.
+
+    Args:
+        weight: of the loss; a schedule gives it by progress.
+        layers: of the model, by path or number of stage; the method's custom where none are named.
+        teacher_layers: of the teacher, as many; the same as `layers` where none are named.
+    """
+
+    def __init__(
+        self,
+        weight: float | Schedule = 1.0,
+        layers: Sequence[str | int] | None = None,
+        teacher_layers: Sequence[str | int] | None = None,
+    ) -> None:
+        super().__init__()
+        custom = self.custom()
+        self.weight = weight
+        self.layers = list(custom if layers is None else layers)
+        self.teacher_layers = list(self.layers if teacher_layers is None else teacher_layers)
+        self.paths: list[str] = []  # of both, when stages have been found
+        self.teacher_paths: list[str] = []
+        if len(self.layers) != len(self.teacher_layers):
+            raise UserError(
+                f"{type(self).__name__}: {len(self.layers)} layers of the model are to be compared with"
+                f" {len(self.teacher_layers)} of the teacher; name as many of both"
+            )
+
+    def custom(self) -> Sequence[str | int]:
+        """The layers that are compared where none are named; none for a lesson on scores."""
+        return ()
+
+    def fit(self, student: View, teacher: View) -> None:
+        """Once, before training, with what both networks make of one image: builds adapters.
+
+        Raises:
+            UserError: these shapes cannot be compared.
+        """
+
+    @abstractmethod
+    def forward(self, seen: Seen) -> Tensor:
+        """The loss, a scalar, not weighted."""
+
+    def adapters(self) -> list[str]:
+        """What stands between each pair of layers, for a person to read."""
+        return ["" for _ in self.paths]
+
+
+def at(value: float | Schedule, progress: float) -> float:
+    """A number that may change with progress.
+
+    >>> at(4.0, 0.5)
+    4.0
+    """
+    return value(progress) if isinstance(value, Schedule) else value
+
+
+def pooled(feature: Tensor) -> Tensor:
+    """An embedding N×C of a feature map N×C×H×W or of tokens N×T×C: their mean.
+
+    >>> import torch
+    >>> pooled(torch.ones(2, 3, 4, 4)).shape, pooled(torch.ones(2, 5, 3)).shape
+    (torch.Size([2, 3]), torch.Size([2, 3]))
+    """
+    if feature.ndim == 3:
+        return feature.mean(1)
+    return feature.flatten(2).mean(2) if feature.ndim > 3 else feature
