@@ -71,7 +71,7 @@ def export(deployed: Deployed, example: Tensor, path: Path, float_image: bool = 
 
 def write(model: onnx.ModelProto, path: Path) -> list[Path]:
     """Writes the OpenVINO files of a model with plain int8 weights, as `galago.deploy.onnx.build` makes it."""
-    model = thin_codes(keep_biases(keep_scales(keep_roundings(model))))
+    model = thin_codes(keep_scales(keep_roundings(keep_biases(model))))
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with TemporaryDirectory() as folder:
@@ -126,7 +126,13 @@ def keep_roundings(model: onnx.ModelProto) -> onnx.ModelProto:
 def keep_biases(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model with a pooling over one pixel between a convolution that makes tokens and the quantizer behind it."""
     makers = makers_of(model)
-    turned = {name for node in model.graph.node if node.op_type in ("Reshape", "Transpose") for name in node.input}
+    stored = {array.name for array in model.graph.initializer}
+    turned = {  # also by a position embedding
+        name
+        for node in model.graph.node
+        if node.op_type in ("Reshape", "Transpose") or (node.op_type == "Add" and stored.intersection(node.input))
+        for name in node.input
+    }
     codes = {n.input[0] for n in model.graph.node if n.op_type == "DequantizeLinear" and turned.intersection(n.output)}
 
     def before(node: onnx.NodeProto) -> list[onnx.NodeProto]:
