@@ -75,7 +75,7 @@ def recipe(name: str, bits: int, seed: int, chosen: argparse.Namespace) -> dict[
         "schedule": {"class_path": "galago.schedule.Cosine", "init_args": {"warmup": 0.05}},
         "precision": "bf16-mixed",
         "channels_last": True,
-        "compile": True,
+        "compile": name != "N2UQ",  # whose compiled gradients are not finite with two and more threads
     }
 
 

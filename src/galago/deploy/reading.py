@@ -104,6 +104,7 @@ def as_type(image: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, cut to one line."""
+    """What an error says, cut to one line; where in OpenVINO's source it was raised is left out."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith("Exception from ")] or lines
     return (lines[0] if lines else type(error).__name__)[:200].rstrip(".")
