@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,17 @@ import torch
 from samples import SmallNet, Stripes
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of files that start processes come first: a worker that had run engines for minutes once died in doing so."""
+    items.sort(key=lambda item: not starts_processes(item.path))
+
+
+@cache
+def starts_processes(file: Path) -> bool:
+    """Whether a file's tests start processes, by its imports and loaders."""
+    return any(word in file.read_text() for word in ("import subprocess", "multiprocessing", "workers="))
 
 
 @pytest.fixture
