@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of files that start processes come first: a worker that had run engines for minutes once died in doing so."""
+    """Tests of files that start processes come first: a worker that had run engines for minutes once died so."""
     items.sort(key=lambda item: not starts_processes(item.path))
 
 
