@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
 from galago.errors import UserError
 
@@ -37,21 +38,15 @@ def tap(model: nn.Module, path: str) -> Iterator[Tap]:
     def keep(module: nn.Module, inputs: Any, output: Any) -> None:
         held.value = output
 
-    handle = find(model, path).register_forward_hook(keep)
-    try:
+    with removing([find(model, path).register_forward_hook(keep)]):
         yield held
-    finally:
-        handle.remove()
 
 
 @contextmanager
 def rewrite(model: nn.Module, path: str, change: Callable[[Any], Any]) -> Iterator[None]:
     """Passes what the layer at `path` gives out through `change`, as long as the `with` lasts."""
-    handle = find(model, path).register_forward_hook(lambda module, inputs, output: change(output))
-    try:
+    with removing([find(model, path).register_forward_hook(lambda module, inputs, output: change(output))]):
         yield
-    finally:
-        handle.remove()
 
 
 def find(model: nn.Module, path: str) -> nn.Module:
@@ -75,6 +70,17 @@ def swap(model: nn.Module, path: str, new: nn.Module) -> nn.Module:
     parent, _, name = path.rpartition(".")
     setattr(find(model, parent), name, new)
     return model
+
+
+@contextmanager
+def removing(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Removes hooks when the `with` is over, whatever happens in it."""
+    handles = list(handles)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class Wrapper(nn.Module):
@@ -135,12 +141,8 @@ def flow(model: nn.Module, *inputs: Tensor) -> Flow:
     for path, module in model.named_modules(remove_duplicate=True):
         handles.append(module.register_forward_pre_hook(recorder.entering(path), with_kwargs=True))
         handles.append(module.register_forward_hook(recorder.leaving(path), with_kwargs=True))
-    try:
-        with torch.no_grad(), recorder:
-            model(*inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with removing(handles), torch.no_grad(), recorder:
+        model(*inputs)
     return recorder.flow
 
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim.optimizer import Optimizer, ParamsT
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from galago.batch import Batch, Step
@@ -26,7 +26,7 @@ from galago.run import Run
 from galago.schedule import Schedule
 from galago.task import Task
 
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
+OptimizerFactory = Callable[[ParamsT], Optimizer]
 
 
 @dataclass(frozen=True)
@@ -284,7 +284,7 @@ def end_epoch(
 
 def new_optimizer(learner: Learner, factory: OptimizerFactory) -> Optimizer:
     """The recipe's optimizer over the learner's groups; each group remembers its rate at full schedule."""
-    optimizer = factory(learner.parameter_groups())  # type: ignore[arg-type]
+    optimizer = factory(learner.parameter_groups())
     for group in optimizer.param_groups:
         group["base_lr"] = group["lr"] * group["factor"]
     return optimizer

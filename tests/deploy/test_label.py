@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from galago.deploy import onnx
 from galago.deploy.integer import lower
-from galago.deploy.look import look_into_integer
+from galago.deploy.look import Codes, look_into_integer
 from galago.deploy.runtime import OnnxRuntime
 from galago.probe import Deployed
 from galago.quantize.min_max import MinMax, MinMaxWeight
@@ -33,15 +33,19 @@ class Pooled(nn.Module):
         return scores
 
 
-def test_a_poolings_stream_is_what_it_gives_and_not_what_it_reads(tmp_path: Path) -> None:
+def looked_into(network: nn.Module, folder: Path) -> tuple[Codes, Codes]:
+    """Codes of every stream of a network quantized to 8 bits: in the integer module, and in its file."""
     data = Stripes()
-    net = Quantize(MinMaxWeight(), MinMax(), stream=MinMax()).prepare(Pooled(), data).eval()
+    net = Quantize(MinMaxWeight(), MinMax(), stream=MinMax()).prepare(network, data).eval()
     deployed = Deployed(lower(net, data.normalize(data.example())), data.normalize, Classify(2)).eval()
-    path = onnx.export(deployed, data.example(), tmp_path / "model.onnx")
+    path = onnx.export(deployed, data.example(), folder / "model.onnx")
     image = data.validation()[0].input
     with torch.inference_mode():
-        _, expected = look_into_integer(deployed, image)
-    _, found = OnnxRuntime(path).look(image)
+        return look_into_integer(deployed, image)[1], OnnxRuntime(path).look(image)[1]
+
+
+def test_a_poolings_stream_is_what_it_gives_and_not_what_it_reads(tmp_path: Path) -> None:
+    expected, found = looked_into(Pooled(), tmp_path)
     assert {"act.stream", "pool.stream"} <= expected.keys()
     for name, codes in expected.items():
         assert found[name].shape == codes.shape, name
@@ -66,13 +70,6 @@ class Twice(nn.Module):
 
 
 def test_streams_that_the_exporter_makes_one_are_found_under_both_names(tmp_path: Path) -> None:
-    data = Stripes()
-    net = Quantize(MinMaxWeight(), MinMax(), stream=MinMax()).prepare(Twice(), data).eval()
-    deployed = Deployed(lower(net, data.normalize(data.example())), data.normalize, Classify(2)).eval()
-    path = onnx.export(deployed, data.example(), tmp_path / "model.onnx")
-    image = data.validation()[0].input
-    with torch.inference_mode():
-        _, expected = look_into_integer(deployed, image)
-    _, found = OnnxRuntime(path).look(image)
+    expected, found = looked_into(Twice(), tmp_path)
     assert {"pool.stream", "again.stream"} <= expected.keys() == found.keys()
     assert torch.equal(found["pool.stream"], found["again.stream"])

@@ -199,6 +199,21 @@ def test_streams_that_encode_alike_are_all_found(tmp_path: Path) -> None:
     assert torch.equal(codes["left.stream"], codes["right.stream"])
 
 
+@pytest.mark.parametrize(("ratio", "quantizers"), [(1.0, 2), (1.5, 3)])
+def test_codes_are_not_made_again_with_the_scale_that_they_have(ratio: float, quantizers: int, tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Conv2d(5, 5, 3), nn.Flatten())
+    image = images(4)
+    whole = deployed(quantize(network, torch.randn(4, 3, 12, 12), PerChannel, Ranged, Ranged, ("1",)))
+    stream, reader = network[1].output_quantizer, network[2].input_quantizer
+    reader.scale.data, reader.zero.data = stream.scale.data * ratio, stream.zero.data.clone()
+    export(whole, image[:1], tmp_path / "model.onnx", packed=False)
+    made = [node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node]
+    assert made.count("QuantizeLinear") == quantizers
+    output, codes = OnnxRuntime(tmp_path / "model.onnx").look(image)
+    torch.testing.assert_close(output, lowered(whole, image[:1])(image), rtol=1e-3, atol=1e-3)
+    assert codes.keys() == {"0.stream", "1.stream", "2.stream"}
+
+
 def test_the_same_network_always_gives_the_same_file(zoo: Exported, tmp_path: Path) -> None:
     export(zoo.trained, images(1), tmp_path / "again.onnx")
     assert (tmp_path / "again.onnx").read_bytes() == zoo.onnx.read_bytes()

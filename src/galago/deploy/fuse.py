@@ -78,10 +78,10 @@ def reuse(model: ir.Model, quantize: ir.Node) -> None:
     """Gives a quantizer's reader the codes that the quantizer's input comes from, where they are the same."""
     decode = None if quantize.inputs[0] is None else quantize.inputs[0].producer()
     codes = decode.inputs[0] if decode is not None and decode.op_type == "DequantizeLinear" else None
-    if decode is None or codes is None or limits_of(quantize) != (0, 255):
+    if decode is None or codes is None or len(decode.inputs) < 3 or limits_of(quantize) != (0, 255):
         return
-    scale, zero, read_scale, read_zero = (constant(value) for node in (quantize, decode) for value in node.inputs[1:3])
-    if scale == read_scale and zero == read_zero:
+    pairs = [(constant(quantize.inputs[index]), constant(decode.inputs[index])) for index in (1, 2)]
+    if all(own is not None and read is not None and np.array_equal(own, read) for own, read in pairs):
         quantize.outputs[0].replace_all_uses_with(codes)
         model.graph.remove(quantize, safe=True)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from galago.deploy.integer_layers import IntegerStream
 from galago.deploy.operators import dequantize
+from galago.layers import removing
 from galago.probe import Deployed
 from galago.quantize.layer import QuantLayer, QuantOutput
 from galago.quantize.quantizer import Quantizer
@@ -45,11 +46,8 @@ def look_into_integer(
 
     streams = [(path, m) for path, m in integer.network.named_modules() if isinstance(m, IntegerStream)]
     handles = [stream.register_forward_hook(keep(path)) for path, stream in streams]
-    try:
+    with removing(handles):
         output: Tensor = integer(image)
-    finally:
-        for handle in handles:
-            handle.remove()
     return output, codes
 
 
@@ -69,9 +67,6 @@ def look_into_trained(trained: Deployed, image: Tensor) -> tuple[Tensor, Codes]:
         quantizer = module.output_quantizer if isinstance(module, QuantOutput) else quantizer
         if quantizer is not None:
             handles.append(quantizer.register_forward_pre_hook(keep(f"{path}.stream" if path else "stream")))
-    try:
+    with removing(handles):
         output: Tensor = trained(image)
-    finally:
-        for handle in handles:
-            handle.remove()
     return output, codes

@@ -48,6 +48,7 @@ from galago.deploy.look import look_into_integer
 from galago.deploy.pack import pack
 from galago.deploy.reading import DECODED, IMAGE, OUTPUT, first_line
 from galago.errors import UserError
+from galago.layers import removing
 from galago.probe import Deployed
 
 OPSET = 21
@@ -222,11 +223,8 @@ def running(module: nn.Module) -> Iterator[list[str]]:
 
     for path, part in module.named_modules():
         handles += [part.register_forward_pre_hook(enter(path)), part.register_forward_hook(leave)]
-    try:
+    with removing(handles):
         yield stack
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

@@ -34,7 +34,7 @@ from galago.probe import Deployed
 
 # What a convolution's kernel may take in, between its result and the codes.
 PASSED = ("QuantizeLinear", "Clip", "Relu", "HardSwish", "HardSigmoid", "Sigmoid", "LeakyRelu", "Elu", "PRelu")
-# What leaves codes as they are and only moves them.
+# What codes come through with the scale that they have.
 MOVES = (
     "Concat",
     "MaxPool",
@@ -167,8 +167,8 @@ def keep_scales(model: onnx.ModelProto) -> onnx.ModelProto:
     def before(node: onnx.NodeProto) -> list[onnx.NodeProto]:
         if node.op_type != "QuantizeLinear" or (rank := ranks.get(node.input[0], 0)) < 3:
             return []
-        own = scales[node.input[1]]
-        close = any(0 < abs(scale / own - 1) < ALMOST for scale in read(node.input[0]))
+        own = scales.get(node.input[1])
+        close = own is not None and any(0 < abs(scale / own - 1) < ALMOST for scale in read(node.input[0]))
         return [one_pixel_pooling(node, "AveragePool", rank - 2)] if close else []
 
     return rewritten(model, before)

@@ -16,8 +16,8 @@ Usual setting (public benchmark, and the defaults): p = 2, weight 1000, the ends
 Recipe: recipes/distill/at_resnet20_cifar10.yaml.
 
 As the released code has it, and not the paper's (β / 2) Σ ‖·‖: the mean of squares. The larger map is averaged to the
-smaller one's size before powers are taken. A map that is all zero has no attention and no gradient. Chosen here: where
-no layers are named, the last three stages.
+smaller one's size before powers are taken. A map that is all zero has no attention and no gradient. Chosen here: three
+stages, counted from the end.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Attention(Lesson):
     Args:
         power: p of the channels' answers.
         weight: of this loss, or a schedule of it.
-        layers: feature maps of the model, by path or number of stage; the last three stages where none are named.
+        layers: feature maps of the model, by path or number of stage; the last three stages.
         teacher_layers: of the teacher, as many; the same as `layers` where none are named.
     """
 
@@ -61,14 +61,11 @@ class Attention(Lesson):
         self,
         power: float = 2.0,
         weight: float | Schedule = 1000.0,
-        layers: Sequence[str | int] | None = None,
+        layers: Sequence[str | int] = (-3, -2, -1),
         teacher_layers: Sequence[str | int] | None = None,
     ) -> None:
         super().__init__(weight, layers, teacher_layers)
         self.power = power
-
-    def custom(self) -> Sequence[str | int]:
-        return (-3, -2, -1)
 
     def fit(self, student: View, teacher: View) -> None:
         require_maps(self, student, teacher)

@@ -13,8 +13,9 @@ too.
 When: in place of `galago.distill.logits.SoftTargets` where a good teacher gains little; more classes, more gain. It
 costs as much.
 
-Usual setting (CIFAR-100, and the defaults): α = 1, β = 8, T = 4, weight 1 after a linear ramp over the first 20 of 240
-epochs (`ramp: 0.083`), the task's own weight 1. α = 1 and β = 1 - b^t would be SoftTargets.
+Usual setting (CIFAR-100, and the defaults): α = 1, β = 8, T = 4, the task's own weight 1; this loss's weight rises in a
+line to 1 over the first 20 of 240 epochs, which the recipe has as a schedule in its place. α = 1 and β = 1 - b^t would
+be SoftTargets.
 
 Recipe: recipes/distill/dkd_resnet20_cifar10.yaml.
 

@@ -102,6 +102,7 @@ class Distill(Method):
         """Takes the hooks away."""
         if self._taps is not None:
             self._taps[0].remove(model)
+            self._taps[1].remove(self.teacher)
         return model
 
     def summary(self) -> Table | None:

@@ -70,21 +70,18 @@ class Hints(Lesson):
 
     Args:
         weight: of this loss, or a schedule of it.
-        layers: feature maps of the model, by path or number of stage; the last but one stage where none are named.
+        layers: feature maps of the model, by path or number of stage; the last but one stage.
         teacher_layers: of the teacher, as many; the same as `layers` where none are named.
     """
 
     def __init__(
         self,
         weight: float | Schedule = 100.0,
-        layers: Sequence[str | int] | None = None,
+        layers: Sequence[str | int] = (-2,),
         teacher_layers: Sequence[str | int] | None = None,
     ) -> None:
         super().__init__(weight, layers, teacher_layers)
         self.regressors = nn.ModuleList()
-
-    def custom(self) -> Sequence[str | int]:
-        return (-2,)
 
     def fit(self, student: View, teacher: View) -> None:
         require_maps(self, student, teacher)

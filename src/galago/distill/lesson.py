@@ -2,7 +2,7 @@
 
 `galago.distill.distill.Distill` runs the teacher once in a step, whatever the number of lessons, and hands each what
 it asked for: the scores of both networks, and what some of their layers gave out. A lesson that compares layers names
-them, by path or by number of stage (0 is the first resolution, -1 the last), or leaves the choice to its custom.
+them, by path or by number of stage (0 is the first resolution, -1 the last); its method's usual ones are the default.
 """
 
 from __future__ import annotations
@@ -39,20 +39,19 @@ class Lesson(nn.Module, ABC):
 
     Args:
         weight: of the loss; a schedule gives it by progress.
-        layers: of the model, by path or number of stage; the method's custom where none are named.
+        layers: of the model, by path or number of stage; none for a lesson on scores.
         teacher_layers: of the teacher, as many; the same as `layers` where none are named.
     """
 
     def __init__(
         self,
         weight: float | Schedule = 1.0,
-        layers: Sequence[str | int] | None = None,
+        layers: Sequence[str | int] = (),
         teacher_layers: Sequence[str | int] | None = None,
     ) -> None:
         super().__init__()
-        custom = self.custom()
         self.weight = weight
-        self.layers = list(custom if layers is None else layers)
+        self.layers = list(layers)
         self.teacher_layers = list(self.layers if teacher_layers is None else teacher_layers)
         self.paths: list[str] = []  # of both, when stages have been found
         self.teacher_paths: list[str] = []
@@ -61,10 +60,6 @@ class Lesson(nn.Module, ABC):
                 f"{type(self).__name__}: {len(self.layers)} layers of the model are to be compared with"
                 f" {len(self.teacher_layers)} of the teacher; name as many of both"
             )
-
-    def custom(self) -> Sequence[str | int]:
-        """The layers that are compared where none are named; none for a lesson on scores."""
-        return ()
 
     def fit(self, student: View, teacher: View) -> None:
         """Once, before training, with what both networks make of one image: builds adapters.

@@ -77,7 +77,7 @@ class Relations(Lesson):
         distance_weight: of distances of two.
         angle_weight: of angles of three.
         weight: of the sum, or a schedule of it.
-        layers: one layer of the model, by path or number of stage; the last stage where none is named.
+        layers: one layer of the model, by path or number of stage; the last stage.
         teacher_layers: one of the teacher; the same where none is named.
     """
 
@@ -86,14 +86,11 @@ class Relations(Lesson):
         distance_weight: float = 25.0,
         angle_weight: float = 50.0,
         weight: float | Schedule = 1.0,
-        layers: Sequence[str | int] | None = None,
+        layers: Sequence[str | int] = (-1,),
         teacher_layers: Sequence[str | int] | None = None,
     ) -> None:
         super().__init__(weight, layers, teacher_layers)
         self.distance_weight, self.angle_weight = distance_weight, angle_weight
-
-    def custom(self) -> Sequence[str | int]:
-        return (-1,)
 
     def forward(self, seen: Seen) -> Tensor:
         if len(seen.student.scores) < 2:  # nothing to relate

@@ -51,20 +51,17 @@ class Similarity(Lesson):
 
     Args:
         weight: of this loss, or a schedule of it.
-        layers: of the model, by path or number of stage; the last stage where none are named.
+        layers: of the model, by path or number of stage; the last stage.
         teacher_layers: of the teacher, as many; the same as `layers` where none are named.
     """
 
     def __init__(
         self,
         weight: float | Schedule = 3000.0,
-        layers: Sequence[str | int] | None = None,
+        layers: Sequence[str | int] = (-1,),
         teacher_layers: Sequence[str | int] | None = None,
     ) -> None:
         super().__init__(weight, layers, teacher_layers)
-
-    def custom(self) -> Sequence[str | int]:
-        return (-1,)
 
     def forward(self, seen: Seen) -> Tensor:
         pairs = zip(seen.student.features, seen.teacher.features, strict=True)

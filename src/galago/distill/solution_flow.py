@@ -15,7 +15,7 @@ give the first 30 or 50 epochs. Layers: the stem and the ends of the stages.
 Recipe: recipes/distill/fsp_resnet20_cifar10.yaml.
 
 Chosen here: where channels differ, a 1×1 convolution brings the model's to the teacher's; the paper asks for equal
-widths. Where no layers are named, the last three stages: two matrices.
+widths. The default is three stages, two matrices.
 """
 
 from __future__ import annotations
@@ -47,24 +47,20 @@ class SolutionFlow(Lesson):
 
     Args:
         weight: of this loss, or a schedule of it.
-        layers: at least two feature maps of the model, by path or number of stage; the last three stages where none
-            are named.
+        layers: at least two feature maps of the model, by path or number of stage; the last three stages.
         teacher_layers: of the teacher, as many; the same as `layers` where none are named.
     """
 
     def __init__(
         self,
         weight: float | Schedule = 1.0,
-        layers: Sequence[str | int] | None = None,
+        layers: Sequence[str | int] = (-3, -2, -1),
         teacher_layers: Sequence[str | int] | None = None,
     ) -> None:
         super().__init__(weight, layers, teacher_layers)
         if len(self.layers) < 2:
             raise UserError(f"SolutionFlow: it leads from layer to layer, so name at least two; got {self.layers}")
         self.widths = nn.ModuleList()
-
-    def custom(self) -> Sequence[str | int]:
-        return (-3, -2, -1)
 
     def fit(self, student: View, teacher: View) -> None:
         require_maps(self, student, teacher)

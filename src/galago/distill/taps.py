@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from galago.errors import UserError
-from galago.layers import Wrapper, find
+from galago.layers import Wrapper, find, removing
 
 
 class Taps:
@@ -94,11 +94,8 @@ def stages(model: nn.Module, image: Tensor) -> list[str]:
         return hook
 
     handles = [module.register_forward_hook(note(path)) for path, module in own_modules(model)]
-    try:
+    with removing(handles):
         model(image)
-    finally:
-        for handle in handles:
-            handle.remove()
     return [ends[size] for size in sorted(ends, reverse=True)]
 
 

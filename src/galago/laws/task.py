@@ -49,7 +49,7 @@ def _differentiates(task: Task, batch: Batch, output: Any) -> None:
     for name, loss in losses.items():
         require(loss.ndim == 0 and loss.isfinite(), f"a loss is a finite scalar, but {name!r} is {loss}")
     require(losses, "a task has a loss")
-    torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
+    torch.autograd.backward(torch.stack(list(losses.values())).sum())
     gradients = [leaf.grad for leaf in tree_leaves(output) if _real(leaf) and leaf.grad is not None]
     require(any(gradient.any() for gradient in gradients), "a loss can be differentiated, but no gradient came back")
     require(all(gradient.isfinite().all() for gradient in gradients), "the gradient of a loss is finite")

@@ -153,7 +153,7 @@ class Trial:
         self.learner.train()
         self.optimizer.zero_grad()
         step: Step = self.learner(self.batches[number], progress=number / len(self.batches))
-        step.loss.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(step.loss)
         apply: Callable[[], None] = self.optimizer.step
         for method in reversed(self.learner.ideas):
             apply = partial(method.update, self.learner.model, apply)

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from galago.console import watched
 from galago.data import Data
 from galago.errors import UserError
+from galago.layers import removing
 from galago.method import Method
 from galago.probe import device_of, evaluating
 from galago.quantize.calibration import first_inputs, undisturbed
@@ -157,14 +158,11 @@ def inputs_of(model: nn.Module, layer: QuantLayer, images: Tensor) -> Iterator[T
         caught.append(args[0] if layer.input_quantizer is None else layer.input_quantizer(args[0]))
         raise _ReachedError
 
-    handle = layer.register_forward_pre_hook(catch)
-    try:
+    with removing([layer.register_forward_pre_hook(catch)]):
         for part in torch.split(images, PART):
             with suppress(_ReachedError):
                 model(part)
             yield caught.pop()
-    finally:
-        handle.remove()
 
 
 @torch.no_grad()
@@ -185,11 +183,8 @@ def in_order(model: nn.Module, layers: dict[str, QuantLayer], image: Tensor) -> 
         layer.register_forward_pre_hook(lambda module, args, path=path: seen.append(path))
         for path, layer in layers.items()
     ]
-    try:
+    with removing(handles):
         model(image)
-    finally:
-        for handle in handles:
-            handle.remove()
     return seen
 
 

@@ -11,13 +11,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from galago.console import watched
+from galago.layers import removing
 from galago.probe import device_of, evaluating
 from galago.quantize.rest import rest
 from galago.quantize.units import Unit, resting
@@ -72,15 +73,10 @@ def inputs(model: nn.Module, unit: Unit, images: Tensor) -> Tensor:
         caught.append(args[0].clone())
         raise _ReachedError
 
-    handle = model.get_submodule(unit.name).register_forward_pre_hook(catch)
-    try:
+    with removing([model.get_submodule(unit.name).register_forward_pre_hook(catch)]):
         for part in torch.split(images, PASS):
-            try:
+            with suppress(_ReachedError):
                 model(part)
-            except _ReachedError:
-                continue
-    finally:
-        handle.remove()
     return torch.cat(caught)
 
 
@@ -152,7 +148,7 @@ def minimize(
             fall = (1 + math.cos(math.pi * (iteration - 1) / iterations)) / 2
             group["lr"] = of.rate * (fall if of.cosine else 1.0)
         optimizer.zero_grad()
-        loss(torch.randperm(images)[:size], iteration).backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss(torch.randperm(images)[:size], iteration))
         optimizer.step()
 
 

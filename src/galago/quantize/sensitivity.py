@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from galago.layers import Wrapper
+from galago.layers import Wrapper, removing
 from galago.quantize.layer import QuantLayer
 from galago.quantize.quantizer import integer_range
 from galago.quantize.ranges import affine, least_error, rounding, rows_of, sample, symmetric
@@ -84,11 +84,8 @@ def known(model: nn.Module, layers: dict[str, QuantLayer], images: Tensor) -> di
         return hook
 
     handles = [layer.register_forward_hook(note(path)) for path, layer in layers.items()]
-    try:
+    with removing(handles):
         model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
     return found
 
 
