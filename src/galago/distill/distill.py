@@ -29,7 +29,7 @@ from galago.batch import Batch, Step
 from galago.data import Data
 from galago.distill.lesson import Lesson, Seen, View, at
 from galago.distill.taps import Taps, resolved, stages
-from galago.distill.teacher import require_same_normalization, require_teachable, scores
+from galago.distill.teacher import AskedByBatch, ask, require_same_normalization, require_teachable, scores
 from galago.errors import UserError
 from galago.method import Forward, Method
 from galago.probe import device_of, evaluating
@@ -48,6 +48,10 @@ class Distill(Method):
         super().__init__()
         if not lessons:
             raise UserError("Distill: lessons is empty; name at least one, such as galago.distill.logits.SoftTargets")
+        if isinstance(teacher, AskedByBatch) and any(lesson.layers for lesson in lessons):
+            raise UserError(
+                f"Distill: a {type(teacher).__name__} has no features; give its teacher itself to lessons on layers"
+            )
         self.teacher = teacher.requires_grad_(False).eval()
         self.lessons, self.task_weight = nn.ModuleList(lessons), task_weight
         self.names = names_of(lessons)
@@ -87,7 +91,7 @@ class Distill(Method):
     def step(self, batch: Batch, inner: Forward) -> Step:
         step = inner(batch)
         with torch.no_grad():
-            wanted = scores(self.teacher(step.batch.input))
+            wanted = ask(self.teacher, step.batch)
             own = inner.task.losses(step.output, step.batch).keys()  # other methods' losses keep their weights
         losses = {name: self.task_weight * loss if name in own else loss for name, loss in step.losses.items()}
         step = step._replace(losses=losses)

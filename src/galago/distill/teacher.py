@@ -1,14 +1,29 @@
-"""What has to be right about a teacher before it teaches: classes, normalization, finite scores."""
+"""How a teacher is asked, and what has to be right before it teaches: classes, normalization, finite scores."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from galago.batch import Batch
 from galago.data import Normalize
 from galago.errors import UserError
+
+
+class AskedByBatch(nn.Module, ABC):
+    """A teacher that answers by more than the images: it may look up what it said of them before."""
+
+    @abstractmethod
+    def answer(self, batch: Batch) -> Tensor:
+        """Its scores for a batch, N×K."""
+
+
+def ask(teacher: nn.Module, batch: Batch) -> Tensor:
+    """What a teacher says of a batch: its scores N×K in float32."""
+    return scores(teacher.answer(batch) if isinstance(teacher, AskedByBatch) else teacher(batch.input))
 
 
 def scores(output: Any) -> Tensor:
@@ -33,21 +48,21 @@ def require_teachable(student: Tensor, teacher: Tensor) -> None:
 
 
 def require_same_normalization(teacher: nn.Module, normalize: Normalize) -> None:
-    """Compares what the teacher was trained on, where it knows (`galago.run.load` notes it), with these data.
+    """Compares what the teacher, or a part of it, was trained on, where it knows (`galago.run.load` notes it).
 
     Raises:
-        UserError: the two differ, so that the teacher would see images unlike those it knows.
+        UserError: it differs from these data, so that the teacher would see images unlike those it knows.
     """
-    known = getattr(teacher, "normalization", None)
-    if not isinstance(known, Normalize):
-        return
-    for name in ("mean", "std"):
-        its, ours = (list(map(float, getattr(norm, name).flatten())) for norm in (known, normalize))
-        if len(its) != len(ours) or any(abs(a - b) > 1e-4 for a, b in zip(its, ours, strict=True)):
-            raise UserError(
-                f"the teacher was trained on images normalized with {name} {rounded(its)}, "
-                f"these data use {rounded(ours)}; give both recipes the same normalization"
-            )
+    for known in (getattr(part, "normalization", None) for part in teacher.modules()):
+        if not isinstance(known, Normalize):
+            continue
+        for name in ("mean", "std"):
+            its, ours = (list(map(float, getattr(norm, name).flatten())) for norm in (known, normalize))
+            if len(its) != len(ours) or any(abs(a - b) > 1e-4 for a, b in zip(its, ours, strict=True)):
+                raise UserError(
+                    f"the teacher was trained on images normalized with {name} {rounded(its)}, "
+                    f"these data use {rounded(ours)}; give both recipes the same normalization"
+                )
 
 
 def rounded(numbers: list[float]) -> list[float]:
