@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Sequence
 
 import pytest
 import timm
 import torch
+from rich.table import Table
 from torch import Tensor, nn
 
 from galago.batch import Batch
@@ -72,8 +74,15 @@ def test_where_no_layers_are_named_stages_are_compared() -> None:
 
 def rendered(method: Distill) -> str:
     table = method.summary()
-    assert table is not None
+    assert isinstance(table, Table)
     return " ".join(str(cell) for column in table.columns for cell in column.cells)
+
+
+def test_the_teachers_cost_is_said_with_a_table_and_without() -> None:
+    expected = r"the teacher: 0.0 MiB of weights, \S+ ms an image here, \S+ times the model's forward pass"
+    for lessons in ([SoftTargets()], [Similarity()]):
+        found = prepared(lessons, Net()).summary()
+        assert re.fullmatch(expected, str(found.caption if isinstance(found, Table) else found))
 
 
 def test_a_misspelt_layer_is_named_with_the_nearest_before_any_training() -> None:

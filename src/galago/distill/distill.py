@@ -29,7 +29,7 @@ from galago.batch import Batch, Step
 from galago.data import Data
 from galago.distill.lesson import Lesson, Seen, View, at
 from galago.distill.taps import Taps, resolved, stages
-from galago.distill.teacher import AskedByBatch, ask, require_same_normalization, require_teachable, scores
+from galago.distill.teacher import AskedByBatch, ask, cost, require_same_normalization, require_teachable, scores
 from galago.errors import UserError
 from galago.method import Forward, Method
 from galago.probe import device_of, evaluating
@@ -56,7 +56,7 @@ class Distill(Method):
         self.lessons, self.task_weight = nn.ModuleList(lessons), task_weight
         self.names = names_of(lessons)
         self._taps: tuple[Taps, Taps] | None = None
-        self._table: Table | None = None
+        self._cost = ""
 
     def train(self, mode: bool = True) -> Self:
         """As usual, except that the teacher stays in evaluation mode."""
@@ -85,7 +85,7 @@ class Distill(Method):
             for lesson in self._lessons():
                 lesson.fit(*self._views(lesson, *answers))
                 lesson.to(device)
-        self._table = self._described()
+            self._cost = cost(self.teacher, model, image)
         return model
 
     def step(self, batch: Batch, inner: Forward) -> Step:
@@ -109,9 +109,19 @@ class Distill(Method):
             self._taps[1].remove(self.teacher)
         return model
 
-    def summary(self) -> Table | None:
-        """Which layers are compared, with their shapes and what stands between them; None for scores alone."""
-        return self._table
+    def summary(self) -> Table | str:
+        """What the teacher costs; which layers are compared, with their shapes and what stands between them."""
+        if not (pairs := self._pairs()):
+            return self._cost
+        table = Table("lesson", "layer of the model", "shape", "layer of the teacher", "shape", "between")
+        table.caption = self._cost
+        between = [note for lesson in self._lessons() for note in lesson.adapters()]
+        for (lesson, own, its), note in zip(pairs, between, strict=True):
+            cells = [
+                (path, by_sizes(taps.values[path])) for path, taps in zip((own, its), self._taps or (), strict=True)
+            ]
+            table.add_row(type(lesson).__name__, *cells[0], *cells[1], note)
+        return table
 
     def _lessons(self) -> list[Lesson]:
         return [lesson for lesson in self.lessons if isinstance(lesson, Lesson)]
@@ -141,18 +151,6 @@ class Distill(Method):
             View(said, [own[path].float() for path in lesson.paths]),
             View(wanted, [its[path].detach().float() for path in lesson.teacher_paths]),
         )
-
-    def _described(self) -> Table | None:
-        if not (pairs := self._pairs()):
-            return None
-        table = Table("lesson", "layer of the model", "shape", "layer of the teacher", "shape", "between")
-        between = [note for lesson in self._lessons() for note in lesson.adapters()]
-        for (lesson, own, its), note in zip(pairs, between, strict=True):
-            cells = [
-                (path, by_sizes(taps.values[path])) for path, taps in zip((own, its), self._taps or (), strict=True)
-            ]
-            table.add_row(type(lesson).__name__, *cells[0], *cells[1], note)
-        return table
 
 
 def names_of(lessons: Sequence[Lesson]) -> list[str]:
