@@ -1,0 +1,137 @@
+"""Every distillation method with one student, one teacher, one short schedule: what each is worth.
+
+    python benchmarks/distillers.py                             # all that is not done yet, then the table
+    python benchmarks/distillers.py --only plain kd at --seeds 0 1 2
+    python benchmarks/distillers.py --noise 0.4                 # with 40 % of the labels drawn anew
+    python benchmarks/distillers.py --imbalance 50              # with rare classes
+    python benchmarks/distillers.py --student mobilenet_v2    # another gap to the teacher
+    python benchmarks/distillers.py --table                     # only the table of what is done
+
+ResNet-20 from random weights; the teacher, where there is one, is the published ResNet-56. Each method is its recipe of
+`recipes/distill/`, shortened; `plain` is the same without a method. Under noise and imbalance the teacher stays the
+published one, which has seen clean labels. 5,000 training images are set aside, on which accuracy is measured beside the
+test images, of which there may be a thousand only (the teacher has seen them, no student has). Runs are trained and
+measured in PyTorch; `galago ship` with the recipe itself makes and proves the file. Finished runs are skipped and
+interrupted ones continued, so the command can be given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from quantizers import read, spread
+from rich.console import Console
+from rich.table import Table
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+TEACHER = "published/resnet56_cifar10"
+METHODS = ("plain", "kd", "dkd", "dist", "at", "fitnet", "fsp", "rkd", "sp")
+Recipe = dict[str, Any]
+STUDENTS: dict[str, Recipe] = {
+    "resnet20": {"class_path": "galago.models.resnet.resnet20"},
+    "resnet32": {"class_path": "galago.models.resnet.resnet32"},
+    "mobilenet_v2": {"class_path": "galago.models.mobilenet.mobilenet_v2", "init_args": {"width": 0.5}},
+}
+
+
+def recipe(name: str, seed: int, chosen: argparse.Namespace) -> Recipe:
+    """The recipe of one run."""
+    path = RECIPES / "distill" / f"{'kd' if name == 'plain' else name}_resnet20_cifar10.yaml"
+    made: Recipe = yaml.safe_load(path.read_text())
+    made |= {"run": str(folder(name, seed, chosen)), "seed": seed, "epochs": chosen.epochs}
+    made["model"] = copy.deepcopy(STUDENTS[chosen.student])
+    made["data"]["init_args"] |= {"root": chosen.data, "hold_out": 5000}
+    made["data"] = damaged(made["data"], chosen)
+    made["probes"] = [*made.get("probes", ()), {"class_path": "galago.probes.calibration.Calibration"}]
+    if name == "plain":
+        made["methods"] = []
+    return made
+
+
+def damaged(data: Recipe, chosen: argparse.Namespace) -> Recipe:
+    """The data set as it is, or with its labels or its classes' sizes changed."""
+    for kind, argument, value in (("NoisyLabels", "rate", chosen.noise), ("Imbalanced", "factor", chosen.imbalance)):
+        if value:
+            data = {"class_path": f"galago.datasets.degraded.{kind}", "init_args": {argument: value, "data": data}}
+    return data
+
+
+def folder(name: str, seed: int, chosen: argparse.Namespace) -> Path:
+    """Where a run lies."""
+    kind = f"{chosen.student}_{chosen.epochs}"
+    kind += f"_noise{chosen.noise:g}" if chosen.noise else ""
+    kind += f"_imbalance{chosen.imbalance:g}" if chosen.imbalance else ""
+    return Path(chosen.runs) / kind / f"{name}_seed{seed}"
+
+
+def train(name: str, seed: int, chosen: argparse.Namespace) -> None:
+    """One run, unless it is done or another process of this command is at it."""
+    run = folder(name, seed, chosen)
+    if "model" in read(run / "metrics.json"):
+        return
+    run.parent.mkdir(parents=True, exist_ok=True)
+    claim, written = run.with_suffix(".claim"), run.with_suffix(".yaml")
+    try:
+        claim.touch(exist_ok=False)
+    except FileExistsError:
+        return
+    try:
+        written.write_text(yaml.safe_dump(recipe(name, seed, chosen), sort_keys=False))
+        galago("train", "--config", str(written))
+    finally:
+        claim.unlink()
+
+
+def galago(*arguments: str) -> None:
+    """A command of the toolkit."""
+    subprocess.run([sys.executable, "-m", "galago.cli", *arguments], check=False)
+
+
+def held_out(run: Path) -> float:
+    """Accuracy on the images that were set aside, after the last epoch."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return float(next(line["accuracy"] for line in reversed(lines) if line["kind"] == "epoch"))
+
+
+def table(chosen: argparse.Namespace) -> Table:
+    """Mean and spread over seeds."""
+    made = Table("method", "seeds", "held out: accuracy %", "test: accuracy %", "ECE %", "NLL")
+    for name in chosen.only:
+        runs = [run for seed in chosen.seeds if "model" in read((run := folder(name, seed, chosen)) / "metrics.json")]
+        found = [read(run / "metrics.json")["model"] for run in runs]
+        if found:
+            aside = spread([100 * held_out(run) for run in runs])
+            shares = [spread([100 * each[key] for each in found]) for key in ("accuracy", "ece")]
+            made.add_row(name, str(len(found)), aside, *shares, spread([each["nll"] for each in found]))
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS), help="these methods")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--student", choices=STUDENTS, default="resnet20")
+    parser.add_argument("--noise", type=float, default=0.0, help="share of training labels that are drawn anew")
+    parser.add_argument("--imbalance", type=float, default=0.0, help="the largest class over the smallest")
+    parser.add_argument("--data", default="data", help="folder with CIFAR-10's binary files")
+    parser.add_argument("--runs", default="runs/distillers", help="where runs are kept")
+    parser.add_argument("--table", action="store_true", help="train nothing, only show what is done")
+    chosen = parser.parse_args()
+    if not chosen.table:
+        galago("train", "--config", str(RECIPES / f"{TEACHER}.yaml"), "--data.init_args.root", chosen.data)
+        for seed in chosen.seeds:
+            for name in chosen.only:
+                train(name, seed, chosen)
+    Console(width=120).print(table(chosen))
+
+
+if __name__ == "__main__":
+    main()
