@@ -3,8 +3,9 @@
     L = γ L_task + Σ_l w_l(progress) L_l(model, teacher)
 
 A lesson is one paper's loss (`galago.distill.lesson`): the teacher's probabilities (`logits`, `decoupled`,
-`correlation`), its features (`hints`, `attention`, `solution_flow`), how its images relate to each other (`relations`,
-`similarity`). They share the teacher's forward pass, so that a second one costs next to nothing.
+`correlation`), also of images near its decision boundary (`boundary`), its features (`hints`, `attention`,
+`solution_flow`, `contrastive`), how its images relate to each other (`relations`, `similarity`). They share the
+teacher's forward pass, so that a second one costs next to nothing.
 
 Chosen here: the teacher sees the batch as the model saw it, mixed images included, so its answer is about the same
 image. γ weighs the task's own losses only, not those of other methods. Where an output is a dict, its entry `main`
@@ -19,6 +20,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from typing import Self
 
 import torch
@@ -28,7 +30,7 @@ from torch import Tensor, nn
 from galago.batch import Batch, Step
 from galago.data import Data
 from galago.distill.lesson import Lesson, Seen, View, at
-from galago.distill.taps import Taps, resolved, stages
+from galago.distill.taps import Taps, resolved, stages, unnoticed
 from galago.distill.teacher import require_same_normalization, require_teachable, scores
 from galago.errors import UserError
 from galago.method import Forward, Method
@@ -79,6 +81,7 @@ class Distill(Method):
             for taps, whose in zip(self._taps, ("the model", "the teacher"), strict=True):
                 taps.check(whose)
             for lesson in self._lessons():
+                lesson.images = data.images
                 lesson.fit(*self._views(lesson, *answers))
                 lesson.to(device)
         self._table = self._described()
@@ -94,6 +97,8 @@ class Distill(Method):
         said = scores(step.output)
         for name, lesson in zip(self.names, self._lessons(), strict=True):
             student, teacher = self._views(lesson, said, wanted)
+            student = student._replace(ask=partial(ask, inner.model))
+            teacher = teacher._replace(ask=partial(ask, self.teacher))
             loss = lesson(Seen(student, teacher, step.batch, inner.progress))
             step = step.add(**{name: at(lesson.weight, inner.progress) * loss})
         return step
@@ -149,6 +154,12 @@ class Distill(Method):
             ]
             table.add_row(type(lesson).__name__, *cells[0], *cells[1], note)
         return table
+
+
+def ask(network: nn.Module, images: Tensor) -> Tensor:
+    """A network's scores of further images, which no tap notices."""
+    with unnoticed():
+        return scores(network(images))
 
 
 def names_of(lessons: Sequence[Lesson]) -> list[str]:
