@@ -18,6 +18,7 @@ from galago.distill.attention import Attention
 from galago.distill.distill import Distill
 from galago.distill.hints import Hints
 from galago.distill.logits import SoftTargets
+from galago.distill.mutual import MutualLearning
 from galago.laws.trial import TinyImages, Trial, classify, clone, exported, tiny_network
 from galago.method import Method
 from galago.quantize.adaround import AdaRound
@@ -41,6 +42,7 @@ GIVEN: dict[str, Callable[[], Method]] = {
     "Distill": lambda: Distill(tiny_network(), [SoftTargets(), Attention(1.0, layers=[-1]), Hints(1.0, layers=[-1])]),
     "FewImages": lambda: FewImages(iterations=2, batches=1),
     "MixedPrecision": lambda: MixedPrecision(mean_weight_bits=6, widths=(4, 8), edges=True),
+    "MutualLearning": lambda: MutualLearning([tiny_network()]),
     "Quantize": lambda: Quantize(LSQWeight(4), EWGS(4), stream=MinMax(8)),
     "QuantizeGradient": lambda: QuantizeGradient(AdaptiveInterval(4, alpha=0.3)),
     "StartFrom": lambda: StartFrom(finished_run()),

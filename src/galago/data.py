@@ -53,12 +53,14 @@ class Data(ABC):
         seed: decides order and augmentation; the trainer sets it to the run's seed.
         classes: a name a class, in the order of the target's columns.
         normalize: from the raw images that loaders yield to what the network sees.
+        images: how many the full training set has, every training `index` is below it; None where that is not known.
     """
 
     batch_size: int
     seed: int = 0
     classes: tuple[str, ...]
     normalize: Normalize
+    images: int | None = None
 
     @abstractmethod
     def train(self, epoch: int = 0, start: int = 0) -> Loader:

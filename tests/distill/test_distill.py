@@ -16,7 +16,7 @@ from galago.batch import Batch
 from galago.distill.attention import Attention
 from galago.distill.distill import Distill
 from galago.distill.hints import Hints
-from galago.distill.lesson import Lesson, Seen
+from galago.distill.lesson import Lesson, Seen, View
 from galago.distill.logits import SoftTargets
 from galago.distill.relations import Relations
 from galago.distill.similarity import Similarity
@@ -33,6 +33,23 @@ from galago.tasks.classify import Classify
 from galago.testing import check_method, tiny_network
 
 CLASSES = 3
+
+
+class Asking(SoftTargets):
+    """Asks both networks about one further image; the model's answer counts."""
+
+    def forward(self, seen: Seen) -> Tensor:
+        image = seen.batch.input[:1] + 1
+        self.told = seen.student.ask(image), seen.teacher.ask(image)
+        return self.told[0].square().sum()
+
+
+class Told(Similarity):
+    """Keeps what it is given."""
+
+    def forward(self, seen: Seen) -> Tensor:
+        self.told = seen
+        return super().forward(seen)
 
 
 class Net(nn.Module):
@@ -135,11 +152,6 @@ def test_every_lesson_sees_its_layers_of_one_pass_of_the_teacher() -> None:
 
 
 def test_features_are_those_of_this_batch_and_teach_the_layers_below() -> None:
-    class Told(Similarity):
-        def forward(self, seen: Seen) -> Tensor:
-            self.told = seen
-            return super().forward(seen)
-
     model, teacher, lesson = Net(), Net(6), Told(layers=["second.0"])
     method = prepared([lesson], model, teacher)
     step = method.step(batch(), Forward(model, Classify(CLASSES)))
@@ -150,6 +162,40 @@ def test_features_are_those_of_this_batch_and_teach_the_layers_below() -> None:
     assert model.first[0].weight.grad.abs().sum() > 0
     assert model.head.weight.grad is None
     assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_a_lesson_may_ask_both_networks_and_no_tap_notices_not_even_another_methods() -> None:
+    model, asking, behind, outside = Net(), Asking(), Told(layers=[0]), Told(layers=[0])
+    inner, outer = prepared([asking, behind], model), prepared([outside], model)
+    inner.names[1] = "behind"
+    step = outer.step(batch(), Forward(model, Classify(CLASSES), [inner]))
+    for lesson in (behind, outside):
+        assert torch.equal(lesson.told.student.features[0], model.first(batch().input))
+    image = batch().input[:1] + 1
+    for answer, network in zip(asking.told, (model, inner.teacher), strict=True):
+        assert torch.equal(answer, network(image))
+    step.losses["asking"].backward()
+    assert model.head.weight.grad.abs().sum() > 0
+
+
+def test_a_compiled_network_may_be_asked_too() -> None:
+    model, asking = Net().eval(), Asking()
+    method = prepared([asking, Attention(layers=[0, 1])], model)
+    plain = method.step(batch(), Forward(model, Classify(CLASSES)))
+    compiled = torch.compile(model, backend="eager")
+    for _ in range(2):
+        step = method.step(batch(), Forward(compiled, Classify(CLASSES)))
+        for name, loss in plain.losses.items():
+            torch.testing.assert_close(step.losses[name], loss)
+
+
+def test_while_a_lesson_is_fitted_there_is_nobody_to_ask() -> None:
+    class Early(SoftTargets):
+        def fit(self, student: View, teacher: View) -> None:
+            student.ask(torch.zeros(1, 3, 8, 8))
+
+    with pytest.raises(RuntimeError, match="only in a training step"):
+        prepared([Early()], Net())
 
 
 def test_two_lessons_of_a_kind_have_names_of_their_own() -> None:

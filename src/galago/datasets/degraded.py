@@ -93,7 +93,7 @@ class Degraded(Data):
     def __init__(self, data: ImageData | Degraded, damage_seed: int = 0) -> None:
         self.data, self.damage_seed = data, damage_seed
         self.batch_size, self.classes, self.normalize = data.batch_size, data.classes, data.normalize
-        self.images: int = data.images
+        self.images = data.images
         self.damaged: ImageData = copy.copy(data.damaged if isinstance(data, Degraded) else data)
 
     def train(self, epoch: int = 0, start: int = 0) -> Loader:

@@ -3,8 +3,9 @@
     L = γ L_task + Σ_l w_l(progress) L_l(model, teacher)
 
 A lesson is one paper's loss (`galago.distill.lesson`): the teacher's probabilities (`logits`, `decoupled`,
-`correlation`), its features (`hints`, `attention`, `solution_flow`), how its images relate to each other (`relations`,
-`similarity`). They share the teacher's forward pass, so that a second one costs next to nothing.
+`correlation`), also of images near its decision boundary (`boundary`), its features (`hints`, `attention`,
+`solution_flow`, `contrastive`), how its images relate to each other (`relations`, `similarity`). They share the
+teacher's forward pass, so that a second one costs next to nothing.
 
 Chosen here: the teacher sees the batch as the model saw it, mixed images included, so its answer is about the same
 image. γ weighs the task's own losses only, not those of other methods. Where an output is a dict, its entry `main`
@@ -19,6 +20,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from typing import Self
 
 import torch
@@ -28,8 +30,15 @@ from torch import Tensor, nn
 from galago.batch import Batch, Step
 from galago.data import Data
 from galago.distill.lesson import Lesson, Seen, View, at
-from galago.distill.taps import Taps, resolved, stages
-from galago.distill.teacher import AskedByBatch, ask, cost, require_same_normalization, require_teachable, scores
+from galago.distill.taps import Taps, resolved, stages, unnoticed
+from galago.distill.teacher import (
+    AskedByBatch,
+    answers,
+    cost,
+    require_same_normalization,
+    require_teachable,
+    scores,
+)
 from galago.errors import UserError
 from galago.method import Forward, Method
 from galago.probe import device_of, evaluating
@@ -71,6 +80,8 @@ class Distill(Method):
             UserError: the teacher cannot teach this model, or layers are not there or cannot be compared.
         """
         require_same_normalization(self.teacher, data.normalize)
+        if isinstance(self.teacher, AskedByBatch):
+            self.teacher.images = data.images
         device = device_of(model)
         image = data.normalize(data.example()[:1]).to(device)
         self.teacher.to(device)
@@ -78,12 +89,13 @@ class Distill(Method):
             self._resolve(model, image)
             pairs = self._pairs()
             self._taps = Taps(model, [own for _, own, _ in pairs]), Taps(self.teacher, [its for _, _, its in pairs])
-            answers = scores(model(image)), scores(self.teacher(image))
-            require_teachable(*answers)
+            said = scores(model(image)), scores(self.teacher(image))
+            require_teachable(*said)
             for taps, whose in zip(self._taps, ("the model", "the teacher"), strict=True):
                 taps.check(whose)
             for lesson in self._lessons():
-                lesson.fit(*self._views(lesson, *answers))
+                lesson.images = data.images
+                lesson.fit(*self._views(lesson, *said))
                 lesson.to(device)
             self._cost = cost(self.teacher, model, image)
         return model
@@ -91,13 +103,15 @@ class Distill(Method):
     def step(self, batch: Batch, inner: Forward) -> Step:
         step = inner(batch)
         with torch.no_grad():
-            wanted = ask(self.teacher, step.batch)
+            wanted = answers(self.teacher, step.batch)
             own = inner.task.losses(step.output, step.batch).keys()  # other methods' losses keep their weights
         losses = {name: self.task_weight * loss if name in own else loss for name, loss in step.losses.items()}
         step = step._replace(losses=losses)
         said = scores(step.output)
         for name, lesson in zip(self.names, self._lessons(), strict=True):
             student, teacher = self._views(lesson, said, wanted)
+            student = student._replace(ask=partial(ask, inner.model))
+            teacher = teacher._replace(ask=partial(ask, self.teacher))
             loss = lesson(Seen(student, teacher, step.batch, inner.progress))
             step = step.add(**{name: at(lesson.weight, inner.progress) * loss})
         return step
@@ -151,6 +165,12 @@ class Distill(Method):
             View(said, [own[path].float() for path in lesson.paths]),
             View(wanted, [its[path].detach().float() for path in lesson.teacher_paths]),
         )
+
+
+def ask(network: nn.Module, images: Tensor) -> Tensor:
+    """A network's scores of further images, which no tap notices."""
+    with unnoticed():
+        return scores(network(images))
 
 
 def names_of(lessons: Sequence[Lesson]) -> list[str]:

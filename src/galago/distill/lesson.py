@@ -3,12 +3,13 @@
 `galago.distill.distill.Distill` runs the teacher once in a step, whatever the number of lessons, and hands each what
 it asked for: the scores of both networks, and what some of their layers gave out. A lesson that compares layers names
 them, by path or by number of stage (0 is the first resolution, -1 the last); its method's usual ones are the default.
+One that makes images of its own asks either network about them.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -18,18 +19,29 @@ from galago.errors import UserError
 from galago.schedule import Schedule
 
 
+def nobody(images: Tensor) -> Tensor:
+    """Answers where no network stands behind a view, as in `fit`."""
+    raise RuntimeError("only in a training step there is a network to ask")
+
+
 class View(NamedTuple):
-    """What one network made of a batch."""
+    """What one network made of a batch.
+
+    `ask` gives the same network's scores M×K, float32, of other normalized images, in the mode it is in (the model
+    trains: its BatchNorm sees them), with gradients wherever they are wanted. `features` remain those of the batch, for
+    the lessons that follow too.
+    """
 
     scores: Tensor  # N×K, float32
     features: list[Tensor]  # of the lesson's layers, in order, float32
+    ask: Callable[[Tensor], Tensor] = nobody
 
 
 class Seen(NamedTuple):
     """What a lesson is given in a step."""
 
     student: View
-    teacher: View  # without gradients
+    teacher: View  # scores and features without gradients
     batch: Batch  # as both networks saw it
     progress: float  # of the whole training, 0 to 1
 
@@ -55,6 +67,7 @@ class Lesson(nn.Module, ABC):
         self.teacher_layers = list(self.layers if teacher_layers is None else teacher_layers)
         self.paths: list[str] = []  # of both, when stages have been found
         self.teacher_paths: list[str] = []
+        self.images: int | None = None  # of the full training set, for what is kept by `batch.extra["index"]`
         if len(self.layers) != len(self.teacher_layers):
             raise UserError(
                 f"{type(self).__name__}: {len(self.layers)} layers of the model are to be compared with"

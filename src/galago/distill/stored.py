@@ -8,7 +8,6 @@ Workshop, arXiv:1503.02531: a frozen teacher says the same of the same image.
       init_args:
         teacher: {class_path: galago.run.load, init_args: {run: runs/teacher}}
         file: runs/teacher/scores.npy
-        images: 50000
 
 The first epoch asks the teacher as always and writes down, for each training image (`extra["index"]`), what it said; an
 image that has an entry is never computed again, by this run or the next one that names the same file and teacher.
@@ -33,7 +32,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from galago.batch import Batch
@@ -53,12 +51,11 @@ class StoredScores(AskedByBatch):
     Args:
         teacher: a trained network.
         file: where scores are kept, `*.npy`; made where it is missing.
-        images: how many there are in the training set: every `index` is below.
     """
 
-    def __init__(self, teacher: nn.Module, file: Path, images: int) -> None:
+    def __init__(self, teacher: nn.Module, file: Path) -> None:
         super().__init__()
-        self.teacher, self.file, self.images = teacher, Path(file), images
+        self.teacher, self.file = teacher, Path(file)
         self._rows: Rows | None = None
         self._looked_up = 0
 
@@ -71,9 +68,11 @@ class StoredScores(AskedByBatch):
         """What is stored of these images, or else what the teacher says now, which is stored.
 
         Raises:
-            UserError: batches have no `index`, or the teacher does not say of an image what is stored.
+            UserError: images have no numbers, or the teacher does not say of one what is stored.
         """
-        place = self._places(batch)
+        if self.images is None or "index" not in batch.extra:
+            raise UserError("StoredScores: these data do not number their images (`index`); use the teacher itself")
+        place = np.asarray(batch.extra["index"].cpu())
         if self._rows is None:
             self._rows = opened(self.file, self.images, classes_of(self, batch), fingerprint(self.teacher))
         stored = torch.from_numpy(self._rows[place]).to(batch.input.device)
@@ -87,16 +86,6 @@ class StoredScores(AskedByBatch):
         said = torch.where(known[:, None], stored, said)
         self._rows[place] = said.cpu().numpy()
         return said
-
-    def _places(self, batch: Batch) -> NDArray[np.int64]:
-        index = batch.extra.get("index")
-        if index is None:
-            raise UserError("StoredScores: these data do not number their images (`index`); use the teacher itself")
-        if int(index.max()) >= self.images:
-            raise UserError(
-                f"StoredScores: image {int(index.max())} is beyond images: {self.images}; give a larger number"
-            )
-        return np.asarray(index.cpu())
 
     def _compare(self, stored: Tensor, said: Tensor) -> None:
         if len(stored) and (stored - said).abs().max() > CLOSE * said.abs().max():

@@ -7,6 +7,7 @@ network runs the hooks that it was compiled with.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,6 +33,8 @@ class Taps:
     True
     """
 
+    resting = False  # all of them, within `unnoticed`
+
     def __init__(self, model: nn.Module, paths: Iterable[str]) -> None:
         self.paths = list(dict.fromkeys(paths))
         self.values: dict[str, Any] = {}
@@ -43,6 +46,8 @@ class Taps:
 
     def _hook(self, path: str) -> Any:
         def keep(module: nn.Module, inputs: object, output: Any) -> None:
+            if Taps.resting:
+                return
             self.values[path] = output.clone() if path in self.changed else output
             if self._versions is not None and isinstance(output, Tensor):
                 self._versions[path] = output._version
@@ -71,6 +76,26 @@ class Taps:
                 if any(hook is own for own in self._hooks):
                     del module._forward_hooks[number]
         self.values = {}
+
+
+@contextmanager
+def unnoticed() -> Iterator[None]:
+    """Whatever a network is given within this `with`, all taps keep what its layers gave before.
+
+    >>> net = nn.Sequential(nn.ReLU())
+    >>> taps = Taps(net, ["0"])
+    >>> kept = net(torch.ones(1))
+    >>> with unnoticed():
+    ...     net(torch.zeros(1))
+    tensor([0.])
+    >>> taps.values["0"]
+    tensor([1.])
+    """
+    Taps.resting = True
+    try:
+        yield
+    finally:
+        Taps.resting = False
 
 
 @torch.no_grad()

@@ -19,12 +19,14 @@ TIMED = 8  # images at a time
 class AskedByBatch(nn.Module, ABC):
     """A teacher that answers by more than the images: it may look up what it said of them before."""
 
+    images: int | None = None  # of the full training set; `Distill` says how many
+
     @abstractmethod
     def answer(self, batch: Batch) -> Tensor:
         """Its scores for a batch, N×K."""
 
 
-def ask(teacher: nn.Module, batch: Batch) -> Tensor:
+def answers(teacher: nn.Module, batch: Batch) -> Tensor:
     """What a teacher says of a batch: its scores N×K in float32."""
     return scores(teacher.answer(batch) if isinstance(teacher, AskedByBatch) else teacher(batch.input))
 

@@ -29,7 +29,7 @@ class TinyImages(Data):
         batch_size: images a batch.
     """
 
-    classes = ("red", "green", "blue")
+    classes, images = ("red", "green", "blue"), 48
 
     def __init__(self, batch_size: int = 8) -> None:
         self.batch_size = batch_size
