@@ -53,7 +53,7 @@ def require_answers(ensemble: Ensemble, images: Tensor, method: str, path: str) 
         path: where its branches begin, for the message.
 
     Raises:
-        UserError: something from before the fork is used again behind it, or the networks tell other classes apart.
+        UserError: something from before the fork is used behind it, or the networks tell other classes apart.
     """
     try:
         with evaluating(ensemble), torch.no_grad():
@@ -63,6 +63,8 @@ def require_answers(ensemble: Ensemble, images: Tensor, method: str, path: str) 
             f"{method}: the network cannot be branched at {path!r} ({str(error).splitlines()[0]});"
             " name a layer, such as a whole stage, that everything behind it reads alone"
         ) from error
+    if len(heads.joint) != len(images):
+        raise UserError(f"{method}: what is fused comes from before {path!r}; name a layer of every branch in features")
     shapes = {tuple(answer.shape) for answer in (*heads.branches, heads.joint)}
     if len(shapes) > 1 or any(len(shape) != 2 or shape[0] != len(images) for shape in shapes):
         found = ", ".join("×".join(map(str, shape)) for shape in sorted(shapes))
