@@ -17,8 +17,8 @@ FOLDER = Path(__file__).parent / "golden" / "distillation"
 class Golden:
     """Arrays of one file, in float64."""
 
-    def __init__(self, name: str) -> None:
-        self.file = np.load(FOLDER / f"kd_{name}.npz")
+    def __init__(self, name: str, prefix: str = "kd_") -> None:
+        self.file = np.load(FOLDER / f"{prefix}{name}.npz")
 
     def __call__(self, name: str) -> Tensor:
         return torch.from_numpy(np.asarray(self.file[name]))

@@ -19,6 +19,8 @@ from torch import nn
 from galago.console import say
 from galago.deploy import onnx, runtime
 from galago.deploy.inspect import engines_of_layers
+from galago.distill.branches import Parallel
+from galago.distill.ensemble import Ensemble
 from galago.layers import Wrapper, swap
 from galago.probe import Deployed, OutputProbe, Outputs, TaskMetrics, collect
 from galago.probes.calibration import Calibration
@@ -103,9 +105,9 @@ def _error_db(layer: nn.Module) -> float | None:
 
 
 def unwrapped(network: nn.Module) -> nn.Module:
-    """The same network without any wrapper: what it was before quantization, with today's weights."""
+    """The same network without quantizing wrappers: what it was before quantization, with today's weights."""
     for path, module in reversed(list(network.named_modules())):
-        if isinstance(module, Wrapper):
+        if isinstance(module, Wrapper) and not isinstance(module, Parallel | Ensemble):
             network = swap(network, path, module.layer)
     return network
 

@@ -57,6 +57,28 @@ class LinearDecay(Schedule):
         return 1.0 - progress
 
 
+class RampUp(Schedule):
+    """`exp(-5 (1 - progress / until)²)` up to `until`, then 1: nearly nothing for a good while, then all.
+
+    It is the ramp of S. Laine and T. Aila, "Temporal Ensembling for Semi-Supervised Learning", ICLR 2017,
+    arXiv:1610.02242, for losses that compare networks which know nothing yet.
+
+    >>> [round(RampUp(until=0.5)(progress), 4) for progress in (0.0, 0.25, 0.5, 1.0)]
+    [0.0067, 0.2865, 1.0, 1.0]
+
+    Args:
+        until: share of the training after which the factor is 1; 0 is 1 throughout.
+    """
+
+    def __init__(self, until: float = 80 / 300) -> None:
+        if not 0 <= until <= 1:
+            raise ValueError(f"until is a share of the training, in [0, 1]; got {until}")
+        self.until = until
+
+    def __call__(self, progress: float) -> float:
+        return math.exp(-5 * (1 - progress / self.until) ** 2) if progress < self.until else 1.0
+
+
 class Steps(Schedule):
     """Multiplied by `factor` at each milestone, after a linear warm-up.
 

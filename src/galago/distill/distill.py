@@ -162,7 +162,7 @@ class Distill(Method):
         """What the lesson compares, of what both networks gave last."""
         own, its = (taps.values for taps in self._taps) if self._taps is not None else ({}, {})
         return (
-            View(said, [own[path].float() for path in lesson.paths]),
+            View(said, [of_first_branch(own[path], len(said)).float() for path in lesson.paths]),
             View(wanted, [its[path].detach().float() for path in lesson.teacher_paths]),
         )
 
@@ -182,6 +182,11 @@ def names_of(lessons: Sequence[Lesson]) -> list[str]:
         seen[name] += 1
         names.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
     return names
+
+
+def of_first_branch(feature: Tensor, count: int) -> Tensor:
+    """What is there of the images that were asked for; a network in branches puts the others' features behind."""
+    return feature if len(feature) == count else feature[:count]
 
 
 def by_sizes(tensor: Tensor) -> str:

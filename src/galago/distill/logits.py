@@ -19,28 +19,12 @@ Recipe: recipes/distill/kd_resnet20_cifar10.yaml; recipes/demo/student.yaml uses
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from galago.distill.divergence import softened_divergence
 from galago.distill.lesson import Lesson, Seen, at
 from galago.errors import UserError
 from galago.schedule import Schedule
-
-
-def softened_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """`T² KL(p_T(teacher) ‖ p_T(student))`, averaged over the batch; T² keeps the gradient's size. A scalar.
-
-    Args:
-        student: scores N×K.
-        teacher: scores N×K, taken as constant.
-        temperature: T, positive.
-
-    >>> import torch
-    >>> softened_divergence(torch.tensor([[1.0, 2.0]]), torch.tensor([[4.0, 5.0]]), 4.0).abs() < 1e-6
-    tensor(True)
-    """
-    log_student = nn.functional.log_softmax(student / temperature, 1)
-    log_teacher = nn.functional.log_softmax(teacher.detach() / temperature, 1)
-    return nn.functional.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * temperature**2
 
 
 class SoftTargets(Lesson):

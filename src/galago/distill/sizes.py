@@ -8,17 +8,16 @@ from galago.distill.lesson import Lesson, View
 from galago.errors import UserError
 
 
-def to_one_size(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """Both maps N×C×H×W at the smaller one's height and width, by averages.
+def to_one_size(*maps: Tensor) -> list[Tensor]:
+    """All maps N×C×H×W at the smallest height and width among them, by averages.
 
     >>> import torch
     >>> a, b = to_one_size(torch.zeros(1, 2, 8, 8), torch.zeros(1, 3, 4, 4))
     >>> a.shape, b.shape
     (torch.Size([1, 2, 4, 4]), torch.Size([1, 3, 4, 4]))
     """
-    size = (min(one.shape[2], other.shape[2]), min(one.shape[3], other.shape[3]))
-    first, second = (nn.functional.adaptive_avg_pool2d(x, size) if x.shape[2:] != size else x for x in (one, other))
-    return first, second
+    size = (min(one.shape[2] for one in maps), min(one.shape[3] for one in maps))
+    return [nn.functional.adaptive_avg_pool2d(one, size) if one.shape[2:] != size else one for one in maps]
 
 
 def require_maps(lesson: Lesson, student: View, teacher: View) -> None:

@@ -32,9 +32,15 @@ def answers(teacher: nn.Module, batch: Batch) -> Tensor:
 
 
 def scores(output: Any) -> Tensor:
-    """The class scores N×K in float32, of an output that may be a dict with auxiliary heads."""
-    main: Tensor = output["main"] if isinstance(output, dict) else output
-    return main.float()
+    """The class scores N×K, in float32 at least, of an output that may be a dict with auxiliary heads."""
+    found = main(output)
+    return found.to(torch.promote_types(found.dtype, torch.float32))
+
+
+def main(output: Any) -> Tensor:
+    """The class scores as they are."""
+    found: Tensor = output["main"] if isinstance(output, dict) else output
+    return found
 
 
 def require_teachable(student: Tensor, teacher: Tensor) -> None:

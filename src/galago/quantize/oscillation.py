@@ -41,7 +41,7 @@ from galago.errors import UserError
 from galago.method import Forward, Method
 from galago.quantize.layer import QuantLayer
 from galago.quantize.quantizer import Quantizer, along
-from galago.quantize.rounding import weight_quantized, weight_quantizer_of
+from galago.quantize.rounding import same_layers, weight_quantized, weight_quantizer_of
 
 
 def rising(progress: float) -> float:
@@ -184,9 +184,14 @@ class FreezeOscillations(Method):
         return inner(batch)
 
     def update(self, model: nn.Module, apply: Callable[[], None]) -> None:
-        """Behind the optimizer's step: frozen weights go back, then the others are counted."""
+        """Behind the optimizer's step: frozen weights go back, then the others are counted.
+
+        Raises:
+            UserError: a method that came later has added layers.
+        """
         apply()
-        for layer, tracked in zip(weight_quantized(model).values(), self.tracked, strict=True):
+        layers = same_layers(model, len(self.tracked), "FreezeOscillations")
+        for layer, tracked in zip(layers, self.tracked, strict=True):
             assert isinstance(tracked, Tracked)
             if layer.resting is None:
                 weight, quantizer = layer.layer.get_parameter("weight").data, weight_quantizer_of(layer)

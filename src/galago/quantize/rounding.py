@@ -31,6 +31,23 @@ def weight_quantized(model: nn.Module) -> dict[str, QuantLayer]:
     return found
 
 
+def same_layers(model: nn.Module, known: int, method: str) -> list[QuantLayer]:
+    """The layers whose weight is quantized, which are those that were there in `prepare`.
+
+    Args:
+        model: as it is now.
+        known: how many there were.
+        method: that counts layer by layer.
+
+    Raises:
+        UserError: a method that came later has added layers.
+    """
+    layers = list(weight_quantized(model).values())
+    if len(layers) != known:
+        raise UserError(f"{method} knows {known} of {len(layers)} quantized layers; list it behind what adds layers")
+    return layers
+
+
 def weight_quantizer_of(layer: QuantLayer) -> Quantizer:
     """The quantizer of a weight that is quantized."""
     assert layer.weight_quantizer is not None

@@ -29,7 +29,7 @@ from galago.data import Data
 from galago.method import Method
 from galago.probe import Probe
 from galago.quantize.layer import QuantLayer
-from galago.quantize.rounding import weight_quantized, weight_quantizer_of
+from galago.quantize.rounding import same_layers, weight_quantized, weight_quantizer_of
 from galago.task import Task
 
 RECORD = "sign_record"
@@ -85,7 +85,12 @@ class SignFlips(Method):
         return model
 
     def epoch(self, model: nn.Module, epoch: int) -> nn.Module:
-        for layer in weight_quantized(model).values():
+        """Begins to count anew.
+
+        Raises:
+            UserError: a method that came later has added layers.
+        """
+        for layer in same_layers(model, len(list(self.buffers())), "SignFlips"):
             record_of(layer).flips.zero_()
             record_of(layer).steps.zero_()
         return model
