@@ -65,8 +65,8 @@ BEFORE = {
 FIRST = {"Equalize", "Smooth"}  # which change the float network
 LAST = {"Planting"}  # which has to know all layers
 METHODS = {idea.name: idea.class_path for idea in ideas() if idea.kind == "method"}
-# A network that grows loses those that keep a number for each weight; its page says so.
-APART = [{"Planting", "FreezeOscillations"}, {"Planting", "SignFlips"}]
+# A growing network: not with those that keep a number for each weight or feature, as its page says.
+APART = [{"Planting", "FreezeOscillations"}, {"Planting", "SignFlips"}, {"Planting", "Distill"}]
 PAIRS = sorted(pair for pair in permutations(METHODS, 2) if {*pair} not in APART)
 
 

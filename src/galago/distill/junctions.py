@@ -12,6 +12,9 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from fnmatch import fnmatchcase
+from itertools import islice
 from typing import Any
 
 import torch
@@ -21,11 +24,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from galago.distill.widen import Junction, first_filters, innermost, widen
-from galago.layers import Call, Flow, find, flow
+from galago.errors import UserError
+from galago.layers import Call, Flow, find, flow, tap
 from galago.probe import evaluating
 from galago.quantize.fold import FoldedNorm
 
 CLOSE = 1e-4  # of the largest score: sums of more terms, of which the new ones are zero, are rounded differently
+SHOWN = 3  # reasons in a message
 # Operations that make each channel of its own values alone.
 EACH_CHANNEL = frozenset((
     "relu", "hardtanh", "clamp", "clamp_min", "leaky_relu", "elu", "silu", "gelu", "mish", "hardswish", "hardsigmoid",
@@ -35,13 +40,16 @@ EACH_CHANNEL = frozenset((
 ))  # fmt: skip
 
 
-def junctions(model: nn.Module, image: Tensor, channels: int) -> tuple[list[Junction], dict[str, str]]:
+def junctions(
+    model: nn.Module, image: Tensor, channels: int, compared: Sequence[str] = ()
+) -> tuple[list[Junction], dict[str, str]]:
     """The places where channels can be added, in the order of execution; of other convolutions, why they cannot grow.
 
     Args:
         model: left as it was; wrappers are looked through.
         image: normalized, 1×C×H×W.
         channels: how many are to be added at once.
+        compared: paths of layers whose outputs have to keep their shape.
 
     Returns:
         Junctions, and reasons by path of the convolution.
@@ -52,11 +60,27 @@ def junctions(model: nn.Module, image: Tensor, channels: int) -> tuple[list[Junc
     places, reasons = [], {}
     for path in ran:
         found = _followed(seen, modules, path)
-        if isinstance(found, Junction) and _keeps_the_answer(model, found, image, channels):
-            places.append(found)
+        if isinstance(found, str) or (why := _obstacle(model, found, image, channels, compared)):
+            reasons[path] = found if isinstance(found, str) else why
         else:
-            reasons[path] = found if isinstance(found, str) else "more channels here would change what the network says"
+            places.append(found)
     return places, reasons
+
+
+def allowed(places: Sequence[Junction], reasons: Mapping[str, str], patterns: Sequence[str]) -> list[Junction]:
+    """The places whose convolution has a path that a pattern means; all of them without patterns.
+
+    Raises:
+        UserError: there is none, or none for one of the patterns.
+    """
+    for pattern in patterns:
+        if not any(fnmatchcase(place.layer, pattern) for place in places):
+            why = next((f": {path}: {why}" for path, why in reasons.items() if fnmatchcase(path, pattern)), "")
+            raise UserError(f"Planting: layers: {pattern!r} matches no convolution that can grow{why}")
+    if not places:
+        why = "; ".join(f"{path}: {reason}" for path, reason in islice(reasons.items(), SHOWN))
+        raise UserError(f"Planting: no layer of this network can grow ({why or 'it has no convolution'})")
+    return [p for p in places if not patterns or any(fnmatchcase(p.layer, pattern) for pattern in patterns)]
 
 
 def without_wrappers(model: nn.Module) -> nn.Module:
@@ -128,20 +152,29 @@ def _junction(seen: Flow, call: Call, reader: Any, found: Junction, number: int)
 
 
 @torch.no_grad()
-def _keeps_the_answer(model: nn.Module, junction: Junction, image: Tensor, channels: int) -> bool:
-    """Whether a wider copy of the network gives the same."""
-    if junction.norm is not None and isinstance(find(model, junction.norm), FoldedNorm):
-        return False  # which keeps numbers of its own for each channel
+def _obstacle(model: nn.Module, place: Junction, image: Tensor, channels: int, compared: Sequence[str]) -> str:
+    """Why a wider copy of the network is not as good as the network; empty if it is."""
+    if place.norm is not None and isinstance(find(model, place.norm), FoldedNorm):
+        return f"{place.norm} is folded"  # and keeps numbers of its own for each channel
     network = copy.deepcopy(model)
-    weight = innermost(find(network, junction.layer)).weight
-    with evaluating(network):
-        before = tree_leaves(network(image))
-        widen(network, junction, first_filters(weight, channels, torch.Generator().manual_seed(0)))
+    filters = first_filters(innermost(find(network, place.layer)).weight, channels, torch.Generator().manual_seed(0))
+    with evaluating(network), ExitStack() as watching:
+        taps = {path: watching.enter_context(tap(network, path)) for path in compared}
+        before, shapes = network(image), {path: seen.value.shape for path, seen in taps.items()}
+        widen(network, place, filters)
         try:
-            after = tree_leaves(network(image))
-        except (RuntimeError, ValueError, IndexError):  # a size is written into the network's code
-            return False
-    return all(bool((a - b).abs().max() <= CLOSE * a.abs().max()) for a, b in zip(before, after, strict=True))
+            after = network(image)
+        except (RuntimeError, ValueError, IndexError):
+            return "a width is written into the network's code"
+        for path in compared:
+            if taps[path].value.shape != shapes[path]:
+                return f"{path}, which a lesson compares, would have other channels"
+    return "" if _close(before, after) else "more channels here would change what the network says"
+
+
+def _close(before: Any, after: Any) -> bool:
+    pairs = zip(tree_leaves(before), tree_leaves(after), strict=True)
+    return all(bool((a - b).abs().max() <= CLOSE * a.abs().max()) for a, b in pairs)
 
 
 def added_parameters(model: nn.Module, place: Junction, channels: int) -> int:

@@ -11,8 +11,10 @@ layer that lowers the loss on held-out images most keeps its channels, the other
     plant in layer l:   W_l[new] ~ Normal(0, sqrt(2 / (c_{l-1} k²))),   W_{l+1}[:, new] = 0,   BatchNorm 1, 0, 0, 1
     score_l = (L_validation before - L_validation after) / price,   price: 1, added parameters or multiply-accumulates
 
-The input weights of the next layer begin at zero, so that the network answers as before at the moment of planting; only
-they have a gradient in the first step, the new filters follow from the second on.
+The best layer keeps its channels if the loss is lower with them; planting ends with the budget, or after `patience`
+rounds in a row that lower it by less than `least`. The input weights of the next layer begin at zero, so that the
+network answers as before at the moment of planting; only they have a gradient in the first step, the new filters follow
+from the second on.
 
 When: the size that is needed is not known, or accuracy for every size up to a budget is wanted from one training; the
 epochs' lines of the log are that curve if `galago.probes.cost.Cost` is among the probes. A round costs, for each layer
@@ -22,16 +24,19 @@ trained faster from the start.
 Usual setting: `channels` 4, `every` 3, `task_weight` 0.3 in `distill` with `SoftTargets(4.0, weight=0.7)`; a network an
 eighth as wide as the teacher. Recipe: recipes/distill/planting_cifar10.yaml.
 
-Only the abstract of the paper could be had and no code is public; it fixes what the second paragraph says. Chosen here:
-everything else, formulas and defaults included. The recipe's own epochs train the winner on from where its trial ended,
-with all methods of the recipe, its optimizer and schedule; trials have SGD with momentum 0.9, half a cosine from `rate`
-to 0, plain training batches and the cross-entropy for the task's loss. Held-out images are the validation set's: give
-the data a `hold_out`, or layers are chosen on the test set. The first `first` epochs train the small network as usual.
-From the first plant on no BatchNorm but the new entries learns statistics, and the network is not compiled. Where no
-layer gains, the last plant, or the small network, goes on training. Inside residual blocks only the layers before
-the last can grow; networks are grown wherever one convolution alone feeds one layer. List it behind `Quantize` and
-whatever else changes the network; methods that keep a number for each weight (`FreezeOscillations`) belong in a second
-recipe, which begins with `galago.run.load`, as does a last training of all weights.
+Only the abstract of the paper could be had, and no code is public. It fixes what the second paragraph says; all else is
+chosen here, formulas and defaults included:
+
+- A trial is short: SGD with momentum 0.9, half a cosine from `rate` to 0, training batches as the data give them, the
+  cross-entropy for the task's loss. The recipe's epochs train the winner on from there, with everything in the recipe.
+- Held-out images are the data's validation images: set `hold_out`, or layers are chosen on the test set.
+- The first `first` epochs train the small network as usual. From the first plant on no BatchNorm but the new entries
+  learns statistics, and the network is not compiled. Where no layer gains, what trained before trains on.
+- A layer grows where it alone feeds one other layer: inside residual blocks all but the last. What lessons compare
+  keeps its shape. `restore_best` picks among the epochs behind the last planting.
+- List it behind `Quantize` and whatever else changes layers. Quantizers of weights need a zero (`EWGSWeight` has none)
+  and a range that new weights leave alone. Methods that keep a number for each weight (`FreezeOscillations`,
+  `SignFlips`) belong in a second recipe, which begins with `galago.run.load`, as does a last training of all weights.
 """
 
 from __future__ import annotations
@@ -39,7 +44,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from enum import Enum
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -52,8 +56,9 @@ from galago.checkpoint import keep_random_state
 from galago.console import say, watched
 from galago.data import Data
 from galago.distill.distill import Distill
-from galago.distill.junctions import added_macs, added_parameters, junctions, table
-from galago.distill.trials import Trials
+from galago.distill.junctions import added_macs, added_parameters, allowed, junctions, table
+from galago.distill.lesson import Lesson
+from galago.distill.trials import Trial, Trials
 from galago.distill.widen import Junction, Plant, first_filters, innermost, widen
 from galago.errors import UserError
 from galago.layers import find
@@ -109,7 +114,7 @@ class Planting(Method):
         self.distill, self.channels, self.first, self.every = distill, channels, first, every
         self.trial, self.rate, self.layers, self.price = trial, rate, list(layers), Price(price)
         self.budget, self.least, self.patience = budget, least, patience
-        self.planted: list[tuple[str, int]] = []  # layer and channels, in order: followed again on resume
+        self.planted: list[tuple[Junction, int]] = []  # where and how many, in order: followed again on resume
         self.idle, self.progress = 0, 0.0
         self._plant: Plant | None = None
         self._places: list[Junction] = []
@@ -117,10 +122,13 @@ class Planting(Method):
         self._table: Table | None = None
 
     def get_extra_state(self) -> dict[str, Any]:
-        return {"planted": [list(one) for one in self.planted], "idle": self.idle, "progress": self.progress}
+        planted = [[*place, channels] for place, channels in self.planted]
+        places = [list(place) for place in self._places]
+        return {"planted": planted, "places": places, "idle": self.idle, "progress": self.progress}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        self.planted = [(str(layer), int(channels)) for layer, channels in state["planted"]]
+        self.planted = [(Junction(*place), channels) for *place, channels in state["planted"]]
+        self._places = [Junction(*place) for place in state["places"]]
         self.idle, self.progress = state["idle"], state["progress"]
 
     def prepare(self, model: nn.Module, data: Data) -> nn.Module:
@@ -129,19 +137,25 @@ class Planting(Method):
         Raises:
             UserError: nothing can grow, a pattern means nothing that can, or the teacher cannot teach this model.
         """
-        self._data, device = data, device_of(model)
-        image = data.normalize(data.example()[:1].to(device_of(data.normalize))).to(device)
-        found, reasons = junctions(model, image, self.channels)
-        self._places = self._allowed(found, reasons)
+        self._data = data
+        model = self.distill.prepare(model, data)
+        reasons = {} if self._places else self._find(model)
         self._table = self._described(model, reasons)
-        places = {place.layer: place for place in self._places}
-        for layer, channels in self.planted:
-            self._plant = widen(model, places[layer], self._filters(model, places[layer], channels))
+        for place, channels in self.planted:
+            self._plant = widen(model, place, self._filters(model, place, channels))
         if self._plant is not None:
             self._plant.learn_alone(model)
-        model = self.distill.prepare(model, data)
         self._known = {name for name, _ in model.named_parameters()}
         return model
+
+    def _find(self, model: nn.Module) -> dict[str, str]:
+        """Sets the places that may grow; why others cannot, by path."""
+        normalize = self._data.normalize
+        image = normalize(self._data.example()[:1].to(device_of(normalize))).to(device_of(model))
+        compared = [path for part in self.distill.modules() if isinstance(part, Lesson) for path in part.paths]
+        found, reasons = junctions(model, image, self.channels, compared)
+        self._places = allowed(found, reasons, self.layers)
+        return reasons
 
     def epoch(self, model: nn.Module, epoch: int) -> nn.Module:
         """A round, where one is due: every layer is tried, and the best keeps its channels.
@@ -151,11 +165,9 @@ class Planting(Method):
         """
         if self._known != {name for name, _ in model.named_parameters()}:
             raise UserError("Planting: a method behind it changes the network; list Planting behind Quantize and such")
-        due = epoch >= self.first and (epoch - self.first) % self.every == 0 and self.idle < self.patience
-        affordable = [place for place in self._places if self._within_budget(model, place)]
-        if due and affordable:
+        if epoch >= self.first and (epoch - self.first) % self.every == 0 and self.idle < self.patience:
             with keep_random_state(), torch.compiler.set_stance("force_eager"), evaluating(self.distill):
-                self._round(model, affordable, epoch)
+                self._round(model, epoch)
         return model
 
     def step(self, batch: Batch, inner: Forward) -> Step:
@@ -181,29 +193,37 @@ class Planting(Method):
         price = {Price.parameters: added_parameters, Price.macs: added_macs}.get(self.price)
         return gain if price is None else gain / price(model, place, self.channels)
 
-    def _round(self, model: nn.Module, places: Sequence[Junction], epoch: int) -> None:
-        """Tries every place and keeps the best, if the loss is lower with it."""
-        trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    def _round(self, model: nn.Module, epoch: int) -> None:
+        """Tries every place that the budget allows and keeps the best, if the loss is lower with it."""
+        places = [place for place in self._places if self._within_budget(model, place)]
+        if not places:
+            self.idle = self.patience
+            say(f"planting ends at {size(model):,} parameters: the budget of {self.budget:,} allows no more")
+            return
+        before, trials = self._tried(model, places, epoch)
+        gains = shared([before - trial.loss for trial in trials])
+        scores = [self.score(model, place, gain) for place, gain in zip(places, gains, strict=True)]
+        best = max(range(len(scores)), key=scores.__getitem__)
+        if gains[best] > 0:
+            self._keep(model, places[best], trials[best].plant)
+        say(self._told(model, places[best], before, gains[best]))
+        self.idle = 0 if gains[best] >= self.least else self.idle + 1
+        if self.idle == self.patience:
+            say(f"planting ends: {self.patience} rounds in a row gained less than {self.least:g}")
+
+    def _tried(self, model: nn.Module, places: Sequence[Junction], epoch: int) -> tuple[float, list[Trial]]:
+        """The loss as it is, and a trial of each place. The network is as before."""
         trials = Trials(self.distill, self._data, epoch, self.trial, self.rate, self.progress)
         before = trials.validation_loss(model)
-        made = [trials.of(model, p, self._filters(model, p, self.channels)) for p in watched(places, "planting")]
-        gains = shared([before - trial.loss for trial in made])
-        found = [self.score(model, place, gain) for place, gain in zip(places, gains, strict=True)]
-        best = max(range(len(found)), key=found.__getitem__)
-        self.idle = 0 if gains[best] >= self.least else self.idle + 1
-        if gains[best] > 0:
-            self._keep(model, places[best], made[best].plant)
-            say(self._told(model, places[best], before, gains[best]))
-            return
-        for parameter, wanted in trained:
-            parameter.requires_grad_(wanted)
-        say(f"planting: none of {len(places)} layers lowers the loss on the validation images, {before:.4f}")
+        filters = (self._filters(model, place, self.channels) for place in places)
+        made = zip(watched(places, "planting", len(places)), filters, strict=True)
+        return before, [trials.of(model, place, first) for place, first in made]
 
     def _keep(self, model: nn.Module, place: Junction, plant: Plant) -> None:
         plant.put()
         plant.learn_alone(model)
         self._plant = plant
-        self.planted.append((place.layer, self.channels))
+        self.planted.append((place, self.channels))
 
     def _filters(self, model: nn.Module, place: Junction, channels: int) -> Tensor:
         """The same in every process, and whatever was drawn before."""
@@ -212,16 +232,6 @@ class Planting(Method):
 
     def _within_budget(self, model: nn.Module, place: Junction) -> bool:
         return self.budget is None or size(model) + added_parameters(model, place, self.channels) <= self.budget
-
-    def _allowed(self, found: Sequence[Junction], reasons: dict[str, str]) -> list[Junction]:
-        for pattern in self.layers:
-            if not any(fnmatchcase(place.layer, pattern) for place in found):
-                why = next((f": {path}: {why}" for path, why in reasons.items() if fnmatchcase(path, pattern)), "")
-                raise UserError(f"Planting: layers: {pattern!r} matches no convolution that can grow{why}")
-        if not found:
-            why = "; ".join(f"{path}: {reason}" for path, reason in list(reasons.items())[:3])
-            raise UserError(f"Planting: no layer of this network can grow ({why or 'it has no convolution'})")
-        return [p for p in found if not self.layers or any(fnmatchcase(p.layer, pattern) for pattern in self.layers)]
 
     def _described(self, model: nn.Module, reasons: dict[str, str]) -> Table:
         made = table(model, self._places, reasons, self.channels)
@@ -233,6 +243,8 @@ class Planting(Method):
         return made
 
     def _told(self, model: nn.Module, place: Junction, before: float, gain: float) -> str:
+        if gain <= 0:
+            return f"planting: the loss on the validation images stays at {before:.4f}, no layer gains from channels"
         width = innermost(find(model, place.layer)).out_channels
         return (
             f"planting: {place.layer} {width - self.channels} → {width} channels, loss on the validation images"

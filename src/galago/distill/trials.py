@@ -53,7 +53,6 @@ class Trials:
         """Plants at one place, trains, measures, and takes out what was planted; no tensor of the model has changed."""
         buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]  # ranges may follow what they see
         plant = widen(model, place, filters)
-        plant.learn_alone(model)
         self.train(model, plant)
         loss = self.validation_loss(model)
         plant.take_out()
@@ -62,16 +61,16 @@ class Trials:
         return Trial(plant, loss)
 
     def train(self, model: nn.Module, plant: Plant) -> None:
-        """A short training of the plant alone."""
-        optimizer, cosine = SGD([part.new for part in plant.learned], self.rate, MOMENTUM), Cosine()
-        device = device_of(model)
+        """A short training of the plant; nothing else gets a gradient."""
+        own, device, cosine = [part.new for part in plant.learned], device_of(model), Cosine()
+        optimizer = SGD(own, self.rate, MOMENTUM)
         model.train()
         for number, batch in enumerate(islice(self.training(), self.batches)):
             optimizer.param_groups[0]["lr"] = self.rate * cosine(number / self.batches)
             with plant.normalizing(model):
                 loss = self.loss(model, self.seen(batch, device))
-            optimizer.zero_grad()
-            torch.autograd.backward(loss)
+            for tensor, gradient in zip(own, torch.autograd.grad(loss, own, allow_unused=True), strict=True):
+                tensor.grad = gradient
             with plant.held():
                 optimizer.step()
         optimizer.zero_grad()
