@@ -175,6 +175,21 @@ def test_the_best_epoch_can_be_shipped(tmp_path: Path):
     assert torch.equal(best.conv1.weight, saved["learner"]["model.conv1.weight"])
 
 
+class Widen(Method):
+    """Another network from the third epoch on."""
+
+    def epoch(self, model: nn.Module, epoch: int) -> nn.Module:
+        return SmallNet(width=9) if epoch == 2 else model
+
+
+def test_the_best_epoch_is_one_of_the_network_that_is_shipped(tmp_path: Path):
+    """Nothing is better than the first epoch of either network, and nothing improves."""
+    options = {"optimizer": lambda p: SGD(p, lr=0.0), "patience": 1, "restore_best": True, "epochs": 9}
+    best = trained(tmp_path, methods=[Widen()], **options)
+    assert best.conv1.out_channels == 9
+    assert len([line for line in Run(tmp_path).history() if line["kind"] == "epoch"]) == 5  # two, then three
+
+
 def test_clipping_bounds_the_step(tmp_path: Path):
     net = trained(tmp_path, epochs=1, clip=1e-6, schedule=Constant(), optimizer=lambda p: SGD(p, lr=1.0))
     torch.manual_seed(0)

@@ -109,8 +109,10 @@ def _followed(seen: Flow, modules: dict[str, nn.Module], path: str) -> Junction 
     pixels = math.prod(seen.values[number].shape[2:])
     while True:
         calls = seen.consumers(number)
-        if number in leaving or len(calls) != 1:
-            return f"{len(calls)} operations read its result" if len(calls) > 1 else "the network gives out its result"
+        if number in leaving:
+            return "the network gives out its result"
+        if len(calls) != 1:
+            return f"{len(calls)} operations read its result"
         call, reader = calls[0], modules[calls[0].module]
         if isinstance(reader, nn.Conv2d | nn.Linear):
             return _junction(seen, call, reader, Junction(path, norm, call.module, 1, pixels, 1), number)
