@@ -15,7 +15,7 @@ from galago.errors import UserError
 from galago.method import Forward, Method
 from galago.quantize.quantizer import OwnRates
 from galago.run import Run, load
-from galago.schedule import Constant, Cosine
+from galago.schedule import Constant, Cosine, Restarts
 from galago.tasks.classify import Classify
 from galago.train import train
 from galago.trainer import Learner, Plan, follow, new_optimizer
@@ -150,6 +150,18 @@ def test_the_average_is_what_is_measured_and_shipped(tmp_path: Path):
     nets = [trained(tmp_path / str(decay), epochs=1, average=decay) for decay in (1.0, 0.0, None)]
     assert not equal(nets[0], nets[2])
     assert equal(nets[1], nets[2])
+
+
+def test_a_schedule_that_restarts_begins_each_run_at_its_full_rate():
+    for epochs in range(4, 60):
+        schedule = Restarts(Cosine(), epochs, first=3, every=2)
+        assert [schedule(epoch / epochs) for epoch in range(3, epochs, 2)] == pytest.approx(
+            [1.0] * len(range(3, epochs, 2))
+        )
+        assert schedule(2 / epochs) == pytest.approx(Cosine()(2 / 3), abs=1e-5)
+    assert Restarts(Cosine(), 4, first=0, every=2)(0.25) == pytest.approx(0.5, abs=1e-5)
+    with pytest.raises(ValueError, match="first is not negative"):
+        Restarts(Cosine(), 4, first=-1, every=2)
 
 
 def test_a_schedule_of_zero_leaves_the_weights_alone(tmp_path: Path):

@@ -166,7 +166,7 @@ def _obstacle(model: nn.Module, place: Junction, image: Tensor, channels: int, c
         widen(network, place, filters)
         try:
             after = network(image)
-        except (RuntimeError, ValueError, IndexError):
+        except (RuntimeError, ValueError, IndexError, AssertionError):
             return "a width is written into the network's code"
         for path in compared:
             if taps[path].value.shape != shapes[path]:

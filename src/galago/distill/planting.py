@@ -17,9 +17,9 @@ network answers as before at the moment of planting; only they have a gradient i
 from the second on.
 
 When: the size that is needed is not known, or accuracy for every size up to a budget is wanted from one training; the
-epochs' lines of the log are that curve if `galago.probes.cost.Cost` is among the probes. A round costs, for each layer
-that can grow, `trial` training steps and a pass over the validation images. Widths that are known beforehand are
-trained faster from the start.
+epochs' lines of the log are that curve if `galago.probes.cost.Cost` is among the probes (`benchmarks/planting.py` sets
+it beside others). A round costs, for each layer that can grow, `trial` training steps and a pass over the validation
+images. Widths that are known beforehand are trained faster from the start.
 
 Usual setting: `channels` 4, `every` 3, `task_weight` 0.3 in `distill` with `SoftTargets(4.0, weight=0.7)`; a network an
 eighth as wide as the teacher. Recipe: recipes/distill/planting_cifar10.yaml.
@@ -90,6 +90,8 @@ class Planting(Method):
         least: decrease of the loss below which a round counts as idle.
         patience: idle rounds in a row after which nothing is planted any more.
     """
+
+    _data: Data
 
     def __init__(
         self,
