@@ -15,12 +15,14 @@ import torch
 
 from galago.catalogue import ideas
 from galago.distill.attention import Attention
+from galago.distill.correlation import Correlation
 from galago.distill.distill import Distill
 from galago.distill.feature_fusion import FeatureFusion
 from galago.distill.hints import Hints
 from galago.distill.logits import SoftTargets
 from galago.distill.mutual import MutualLearning
 from galago.distill.native_ensemble import NativeEnsemble
+from galago.distill.planting import Planting
 from galago.laws.trial import TinyImages, Trial, classify, clone, exported, tiny_network
 from galago.layers import find
 from galago.method import Method
@@ -48,6 +50,7 @@ GIVEN: dict[str, Callable[[], Method]] = {
     "MixedPrecision": lambda: MixedPrecision(mean_weight_bits=6, widths=(4, 8), edges=True),
     "MutualLearning": lambda: MutualLearning([tiny_network()]),
     "NativeEnsemble": lambda: NativeEnsemble("down"),
+    "Planting": lambda: Planting(Distill(tiny_network(), [Correlation()]), first=0, trial=2, layers=["down.0"]),
     "Quantize": lambda: Quantize(LSQWeight(4), EWGS(4), stream=MinMax(8)),
     "QuantizeGradient": lambda: QuantizeGradient(AdaptiveInterval(4, alpha=0.3)),
     "StartFrom": lambda: StartFrom(finished_run()),
@@ -67,10 +70,17 @@ BEFORE = {
     "StatAssist": "Quantize",
 }
 FIRST = {"Equalize", "Smooth"}  # which change the float network
-LAST = {"FreezeOscillations", "SignFlips"}  # which count layer by layer
-BRANCHED = {"FeatureFusion", "NativeEnsemble"}  # only one of which a network can be trained with
+LAST = {"FreezeOscillations", "Planting", "SignFlips"}  # which have to know all layers
 METHODS = {idea.name: idea.class_path for idea in ideas() if idea.kind == "method"}
-PAIRS = sorted(pair for pair in permutations(METHODS, 2) if not set(pair) <= BRANCHED)
+# A growing network: not with those that keep a number for each weight or feature, as its page says. A branched one: by
+# one method only.
+APART = [
+    {"FeatureFusion", "NativeEnsemble"},
+    {"Planting", "Distill"},
+    {"Planting", "FreezeOscillations"},
+    {"Planting", "SignFlips"},
+]
+PAIRS = sorted(pair for pair in permutations(METHODS, 2) if {*pair} not in APART)
 
 
 @cache

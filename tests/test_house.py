@@ -36,11 +36,12 @@ BASES = {
         "divergence",
         "ensemble",
         "joint_training",
+        "junctions",
         "lesson",
         "sizes",
         "taps",
-        "teacher",
-    },
+    }
+    | {"teacher", "trials", "widen"},
     "models": {"weights"},
     "quantize": {"blocks", "calibration", "columns", "fold", "graph", "inventory", "layer", "learned_step", "patterns"}
     | {"placement", "plan", "quantizer", "ranges", "reconstruction", "rest", "rounding", "settle", "soft_rounding"}

@@ -77,6 +77,18 @@ def test_wrapped_layers_are_recorded_and_rebuilt_around_the_original():
     torch.testing.assert_close(again.eval()(image), model.eval()(image), rtol=0, atol=0)
 
 
+def test_a_layer_of_another_size_is_recorded_and_rebuilt_within_its_wrapper():
+    model = small()
+    wide, squeeze = nn.Conv2d(3, 70, 3, stride=2), nn.Conv2d(70, 16, 1)
+    model.features[0], model.features[3].squeeze = Doubled(wide), squeeze
+    record = json.loads(json.dumps(architecture(model)))
+    assert [change["path"] for change in record["changes"]] == ["features.0", "features.3.squeeze"]
+    again = rebuild(record, allow=["test_spec", "tests"])
+    again.load_state_dict(model.state_dict())
+    image = torch.rand(1, 3, 64, 64)
+    torch.testing.assert_close(again.eval()(image), model.eval()(image), rtol=0, atol=0)
+
+
 def test_a_replaced_layer_is_recorded():
     model = small()
     model.features[1] = nn.LeakyReLU(0.3)

@@ -15,7 +15,7 @@ from galago.errors import UserError
 from galago.method import Forward, Method
 from galago.quantize.quantizer import OwnRates
 from galago.run import Run, load
-from galago.schedule import Constant, Cosine
+from galago.schedule import Constant, Cosine, Restarts
 from galago.tasks.classify import Classify
 from galago.train import train
 from galago.trainer import Learner, Plan, follow, new_optimizer
@@ -152,6 +152,18 @@ def test_the_average_is_what_is_measured_and_shipped(tmp_path: Path):
     assert equal(nets[1], nets[2])
 
 
+def test_a_schedule_that_restarts_begins_each_run_at_its_full_rate():
+    for epochs in range(4, 60):
+        schedule = Restarts(Cosine(), epochs, first=3, every=2)
+        assert [schedule(epoch / epochs) for epoch in range(3, epochs, 2)] == pytest.approx(
+            [1.0] * len(range(3, epochs, 2))
+        )
+        assert schedule(2 / epochs) == pytest.approx(Cosine()(2 / 3), abs=1e-5)
+    assert Restarts(Cosine(), 4, first=0, every=2)(0.25) == pytest.approx(0.5, abs=1e-5)
+    with pytest.raises(ValueError, match="first is not negative"):
+        Restarts(Cosine(), 4, first=-1, every=2)
+
+
 def test_a_schedule_of_zero_leaves_the_weights_alone(tmp_path: Path):
     class Zero(Constant):
         def __call__(self, progress: float) -> float:
@@ -173,6 +185,21 @@ def test_the_best_epoch_can_be_shipped(tmp_path: Path):
     best = trained(tmp_path / "a", restore_best=True, **options)
     saved = Run(tmp_path / "a").load_checkpoint(Run(tmp_path / "a").best)
     assert torch.equal(best.conv1.weight, saved["learner"]["model.conv1.weight"])
+
+
+class Widen(Method):
+    """Another network from the third epoch on."""
+
+    def epoch(self, model: nn.Module, epoch: int) -> nn.Module:
+        return SmallNet(width=9) if epoch == 2 else model
+
+
+def test_the_best_epoch_is_one_of_the_network_that_is_shipped(tmp_path: Path):
+    """Nothing is better than the first epoch of either network, and nothing improves."""
+    options = {"optimizer": lambda p: SGD(p, lr=0.0), "patience": 1, "restore_best": True, "epochs": 9}
+    best = trained(tmp_path, methods=[Widen()], **options)
+    assert best.conv1.out_channels == 9
+    assert len([line for line in Run(tmp_path).history() if line["kind"] == "epoch"]) == 5  # two, then three
 
 
 def test_clipping_bounds_the_step(tmp_path: Path):

@@ -105,7 +105,9 @@ def measure_network(network: nn.Module, learner: Learner, data: Data, probes: Se
 
 
 def say(text: str) -> None:
-    """A line for the person watching, on standard error; standard output is for results."""
+    """A line for the person watching, on standard error, once for all processes; standard output is for results."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
+        return
     console.print(text, markup=False, soft_wrap=True)
 
 

@@ -72,6 +72,11 @@ def swap(model: nn.Module, path: str, new: nn.Module) -> nn.Module:
     return model
 
 
+def sizes(model: nn.Module) -> dict[str, torch.Size]:
+    """The shape of each parameter, by name."""
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
+
+
 @contextmanager
 def removing(handles: Iterable[RemovableHandle]) -> Iterator[None]:
     """Removes hooks when the `with` is over, whatever happens in it."""

@@ -9,13 +9,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from galago.data import Data, Loader
 from galago.task import Task
+
+Numbers = TypeVar("Numbers")
 
 
 class Deployed(nn.Module):
@@ -133,3 +135,12 @@ def device_of(module: nn.Module) -> torch.device:
     """Where a module's tensors live; the CPU for one that has none."""
     tensor = next(module.parameters(), next(module.buffers(), None))
     return torch.device("cpu") if tensor is None else tensor.device
+
+
+def shared(numbers: Numbers) -> Numbers:
+    """The first process's numbers in all of them, so that all choose alike."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        held = [numbers]
+        torch.distributed.broadcast_object_list(held, src=0)
+        return held[0]
+    return numbers

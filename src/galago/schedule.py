@@ -100,3 +100,28 @@ class Steps(Schedule):
     def __call__(self, progress: float) -> float:
         rise = progress / self.warmup if progress < self.warmup else 1.0
         return float(rise * self.factor ** sum(progress >= milestone for milestone in self.milestones))
+
+
+class Restarts(Schedule):
+    """A schedule that runs once over the first epochs and then over every few that follow.
+
+    >>> schedule = Restarts(Cosine(), epochs=8, first=4, every=2)
+    >>> [round(schedule(epoch / 8), 3) for epoch in (0, 2, 4, 5, 6, 7)]
+    [1.0, 0.5, 1.0, 0.5, 1.0, 0.5]
+
+    Args:
+        schedule: what runs each time.
+        epochs: of the whole training.
+        first: epochs of the first run; 0 for none.
+        every: epochs of each further run.
+    """
+
+    def __init__(self, schedule: Schedule, epochs: int, first: int, every: int) -> None:
+        if epochs < 1 or first < 0 or every < 1:
+            raise ValueError(f"epochs and every are 1 or more and first is not negative; got {epochs, every, first}")
+        self.schedule, self.epochs, self.first, self.every = schedule, epochs, first, every
+
+    def __call__(self, progress: float) -> float:
+        done = progress * self.epochs + 1e-6  # what is a whole number may be a hair less after a division
+        share = done / self.first if done < self.first else (done - self.first) % self.every / self.every
+        return self.schedule(min(share, 1.0))

@@ -2,7 +2,7 @@
 
 `describe` reads an object's constructor arguments from its attributes of the same names (the convention of
 scikit-learn's estimators); `build` makes the object again. `architecture` writes a finished network down as the model
-it began with and the layers that were wrapped or replaced since; `rebuild` follows that record.
+it began with and the layers that were wrapped, replaced or given another size since; `rebuild` follows that record.
 """
 
 from __future__ import annotations
@@ -212,7 +212,7 @@ def _changes(base: nn.Module, final: nn.Module, path: str) -> Iterator[dict[str,
     inner = final
     while isinstance(inner, Wrapper):
         inner = inner.layer
-    if type(inner) is not type(base):
+    if type(inner) is not type(base) or _sizes(inner) != _sizes(base):
         yield {"path": path, "module": describe(final)}
         return
     kept = dict(base.named_children())
@@ -224,6 +224,12 @@ def _changes(base: nn.Module, final: nn.Module, path: str) -> Iterator[dict[str,
             yield {"path": where, "module": describe(child)}
     if isinstance(final, Wrapper):
         yield {"path": path, "module": _wrapping(final)}
+
+
+def _sizes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shapes of a layer's own tensors, by which one that grew or shrank is told from the one it was."""
+    own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+    return {name: tuple(tensor.shape) for name, tensor in own}
 
 
 def _wrapping(module: nn.Module) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from galago.batch import Batch, Step
 from galago.checkpoint import Position, keep_random_state, restore, save
 from galago.data import Data
 from galago.errors import UserError
+from galago.layers import sizes
 from galago.method import Forward, Method
 from galago.run import Run
 from galago.schedule import Schedule
@@ -162,8 +163,11 @@ def fit(
         if plan.patience is not None and position.stale > plan.patience:
             break
         if position.batch == 0:
+            before = sizes(learner.model)
             for method in learner.ideas:
                 learner.model = method.epoch(learner.model, epoch)
+            if sizes(learner.model) != before:  # the best weights of a network of other sizes could not be restored
+                position = position._replace(best=None, stale=0)
         learner.follow_average()
         optimizer = follow(learner, optimizer, factory)
         position = train_epoch(learner, data, optimizer, schedule, position, plan, fabric, run, monitor)
@@ -234,12 +238,8 @@ def train_epoch(
             numbers = _heard(heard, optimizer)
             _log_step(run, fabric, position, numbers)
         monitor.stepped(position.epoch, position.batch, total, numbers)
-        if (
-            steps_now
-            and plan.checkpoint_every
-            and position.step % plan.checkpoint_every == 0
-            and position.batch < total
-        ):
+        due = plan.checkpoint_every and position.step % plan.checkpoint_every == 0
+        if steps_now and due and position.batch < total:
             save(learner, optimizer, position, fabric, run)
             heard.clear()  # as a run that continues from here has heard nothing yet
     return position

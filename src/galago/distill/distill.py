@@ -83,7 +83,7 @@ class Distill(Method):
         if isinstance(self.teacher, AskedByBatch):
             self.teacher.images = data.images
         device = device_of(model)
-        image = data.normalize(data.example()[:1]).to(device)
+        image = data.normalize(data.example()[:1].to(device_of(data.normalize))).to(device)
         self.teacher.to(device)
         with evaluating(model), torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
             self._resolve(model, image)
@@ -103,18 +103,30 @@ class Distill(Method):
     def step(self, batch: Batch, inner: Forward) -> Step:
         step = inner(batch)
         with torch.no_grad():
-            wanted = answers(self.teacher, step.batch)
             own = inner.task.losses(step.output, step.batch).keys()  # other methods' losses keep their weights
         losses = {name: self.task_weight * loss if name in own else loss for name, loss in step.losses.items()}
-        step = step._replace(losses=losses)
-        said = scores(step.output)
+        return step._replace(losses=losses).add(
+            **self.taught(inner.model, scores(step.output), step.batch, inner.progress)
+        )
+
+    def taught(self, model: nn.Module, said: Tensor, batch: Batch, progress: float) -> dict[str, Tensor]:
+        """Every lesson's weighted loss, right after the model has seen a batch.
+
+        Args:
+            model: that learns.
+            said: its scores, N×K.
+            batch: as the model saw it.
+            progress: of the training, 0 to 1.
+        """
+        with torch.no_grad():
+            wanted = answers(self.teacher, batch)
+        losses = {}
         for name, lesson in zip(self.names, self._lessons(), strict=True):
             student, teacher = self._views(lesson, said, wanted)
-            student = student._replace(ask=partial(ask, inner.model))
+            student = student._replace(ask=partial(ask, model))
             teacher = teacher._replace(ask=partial(ask, self.teacher))
-            loss = lesson(Seen(student, teacher, step.batch, inner.progress))
-            step = step.add(**{name: at(lesson.weight, inner.progress) * loss})
-        return step
+            losses[name] = at(lesson.weight, progress) * lesson(Seen(student, teacher, batch, progress))
+        return losses
 
     def finish(self, model: nn.Module) -> nn.Module:
         """Takes the hooks away."""

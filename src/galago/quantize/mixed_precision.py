@@ -42,7 +42,7 @@ from galago.console import watched
 from galago.data import Data
 from galago.errors import UserError
 from galago.method import Method
-from galago.probe import device_of, evaluating
+from galago.probe import device_of, evaluating, shared
 from galago.quantize.budget import cheapest
 from galago.quantize.calibration import first_inputs, normalized, undisturbed
 from galago.quantize.graph import look
@@ -229,15 +229,6 @@ class Ledger(NamedTuple):
         means = [(self.fixed + each) / self.whole for each in spent]
         chosen = f"{self.name} {means[0]:.4g} of at most {self.mean:g}, losses add up to {lost[0]:.3g}"
         return f"{chosen}; with {widths[near]} bits in all of these layers {means[1]:.4g} and {lost[1]:.3g}"
-
-
-def shared(losses: list[list[float]]) -> list[list[float]]:
-    """The first process's numbers in all of them, so that all choose alike."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        held = [losses]
-        torch.distributed.broadcast_object_list(held, src=0)
-        return held[0]
-    return losses
 
 
 def set_width(layer: QuantLayer, bits: int, inputs: bool) -> None:
