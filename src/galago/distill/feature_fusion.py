@@ -14,9 +14,8 @@ The ensemble of the N teaches it, and it teaches each of the N: no teacher has t
 
 When: a better small network from a single run, and a stronger one beside it that costs N times its last stage. Give
 `branch_at` for branches of one network, whose first ships exactly as large as it was (`ship_fused`: all of them, with
-the fused classifier); or `peers` for further networks of any architecture. List it behind `Quantize`:
-each branch then has quantizers of its own, the fusion module none. In front of it, only the branch that ships is
-quantized.
+the fused classifier); or `peers` for further networks of any architecture. List it behind `Quantize`: each branch then
+has quantizers of its own, the fusion module none. In front of it, only the branch that ships is quantized.
 
 Usual setting (public code for CIFAR-100, and the defaults): N = 2, T = 3, the ramp over 80 of 300 epochs, SGD at 0.1
 with Nesterov momentum 0.9, a tenth from epochs 150 and 225 on, batch 128, decay 1e-4, 1e-5 for the fusion module.
@@ -26,10 +25,12 @@ recipes/distill/ffl_w4a4_resnet20_cifar10.yaml.
 
 Chosen here (the public code has two equal branches): maps of different sizes are averaged to the smallest height and
 width, and the fused map is as wide as the narrowest. With more than two branches the trunk is taught by N + 1 heads:
-lower the learning rate where it diverges. The ramp rises with every step instead of every epoch. The map of a network
-is what its last stage gives, unless named. What ships (`branch_1`, or the fused classifier) is the step's output, which
-other methods see; its cross-entropy has no suffix. With peers the model ships: to ship another, exchange the two. The
-fused map is what the part `joint.fuse` of the network in training gives. Accuracies of all: `galago.distill.heads`.
+lower the learning rate where it diverges. The ramp rises with every step instead of every epoch; where the model is
+trained already it also keeps a fused classifier that knows nothing from pulling it down, so let it last some epochs.
+The map of a network is what its last stage gives, unless named. What ships (`branch_1`, or the fused classifier) is the
+step's output, which other methods see; its cross-entropy has no suffix. Which branch ships is decided beforehand, as
+all begin alike: the first. With peers the model ships; to ship another, exchange the two. The fused map is what the
+part `joint.fuse` of the network in training gives. Accuracies of all heads: `galago.distill.heads`.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def require_answers(ensemble: Ensemble, images: Tensor, method: str, path: str) 
             heads = ensemble.heads(images)
     except (RuntimeError, ValueError, IndexError, AttributeError, TypeError) as error:
         raise UserError(
-            f"{method}: the network cannot be branched at {path!r} ({str(error).splitlines()[0]});"
+            f"{method}: the network cannot be branched at {path!r} ({str(error).partition(chr(10))[0]});"
             " name a layer, such as a whole stage, that everything behind it reads alone"
         ) from error
     if len(heads.joint) != len(images):
