@@ -100,4 +100,5 @@ class Trials:
     def seen(self, batch: Batch, device: torch.device) -> Batch:
         """A batch as the model sees it."""
         image = self.data.normalize(batch.input.to(device_of(self.data.normalize)))
-        return Batch(image.to(device), batch.target.to(device))
+        extra = {name: tensor.to(device) for name, tensor in batch.extra.items()}
+        return Batch(image.to(device), batch.target.to(device), extra)
