@@ -29,7 +29,7 @@ FOLDERS = {"augment", "blocks", "datasets", "deploy", "distill", "models", "prob
 # What the files of a folder have in common, and may import. Everything else in it is an idea of its own.
 BASES = {
     "augment": {"mixing"},
-    "datasets": {"augmentation", "download", "image_files", "images", "listing", "loading", "source"},
+    "datasets": {"augmentation", "balance", "download", "image_files", "images", "listing", "loading", "source"},
     "distill": {"distill", "lesson", "sizes", "taps", "teacher"},
     "models": {"weights"},
     "quantize": {"blocks", "calibration", "columns", "fold", "graph", "inventory", "layer", "learned_step", "patterns"}
