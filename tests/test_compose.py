@@ -13,6 +13,7 @@ from tempfile import mkdtemp
 import pytest
 import torch
 
+from galago.augment.occlude import LowerHalf, Occlude
 from galago.catalogue import ideas
 from galago.distill.attention import Attention
 from galago.distill.distill import Distill
@@ -41,6 +42,7 @@ GIVEN: dict[str, Callable[[], Method]] = {
     "Distill": lambda: Distill(tiny_network(), [SoftTargets(), Attention(1.0, layers=[-1]), Hints(1.0, layers=[-1])]),
     "FewImages": lambda: FewImages(iterations=2, batches=1),
     "MixedPrecision": lambda: MixedPrecision(mean_weight_bits=6, widths=(4, 8), edges=True),
+    "Occlude": lambda: Occlude(LowerHalf()),
     "Quantize": lambda: Quantize(LSQWeight(4), EWGS(4), stream=MinMax(8)),
     "QuantizeGradient": lambda: QuantizeGradient(AdaptiveInterval(4, alpha=0.3)),
     "StartFrom": lambda: StartFrom(finished_run()),

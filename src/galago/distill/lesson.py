@@ -30,7 +30,7 @@ class Seen(NamedTuple):
 
     student: View
     teacher: View  # without gradients
-    batch: Batch  # as both networks saw it
+    batch: Batch  # as the model saw it; so did the teacher, unless `Distill` shows it another view
     progress: float  # of the whole training, 0 to 1
 
 
