@@ -57,17 +57,27 @@ def pictures(root: Path, classes: list[str]) -> None:
                 Image.fromarray(draw.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / f"{number}.jpg")
 
 
+def own_data(data: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Class path and arguments of a recipe's data set, or of the one within it."""
+    arguments = data["init_args"]
+    return own_data(arguments["data"]) if "data" in arguments else (data["class_path"], arguments)
+
+
+def classes_of(content: dict[str, Any]) -> int:
+    count: int = content["task"]["init_args"]["classes"]
+    return count
+
+
 def shrunk(content: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The recipe with small made-up images in the published layout, no weights to start from, and two steps."""
-    data = content["data"]["init_args"]
-    kind = content["data"]["class_path"]
+    kind, data = own_data(content["data"])
     root = folder / "data"
     if "cifar" in kind:
         cifar(root, 100 if kind.endswith("100") else 10)
     elif "idx" in kind:
         digits(root)
     elif "image_folder" in kind:
-        pictures(root, ["Platelets", "RBC", "WBC"])
+        pictures(root, [f"class {number}" for number in range(classes_of(content))])
         data["workers"] = 0  # which are forked; a process full of engines' threads once died of it
     if "digits.Digits" not in kind:
         data["root"] = str(root)
@@ -81,28 +91,30 @@ def shrunk(content: dict[str, Any], folder: Path) -> dict[str, Any]:
     return content | {"epochs": 1, "compile": False, "run": str(folder / "run"), "needs": []}
 
 
-def without_teachers(content: Any, folder: Path, normalize: Normalize) -> Any:
+def without_teachers(content: Any, folder: Path, normalize: Normalize, classes: int) -> Any:
     """Finished runs that a recipe names, replaced by a run of an untrained network for the same images."""
     if isinstance(content, dict) and content.get("class_path") == "galago.run.load":
         run = Run(folder / "teacher")
         run.folder.mkdir(exist_ok=True)
         channels = normalize.mean.numel()
-        run.save_model(resnet20() if channels == 3 else Tiny(channels=channels, width=4), normalize)
+        run.save_model(resnet20() if channels == 3 else Tiny(classes, channels, width=4), normalize)
         return {"class_path": "galago.run.load", "init_args": {"run": str(run.folder)}}
     if isinstance(content, dict):
-        return {key: without_teachers(value, folder, normalize) for key, value in content.items()}
-    return [without_teachers(value, folder, normalize) for value in content] if isinstance(content, list) else content
+        return {key: without_teachers(value, folder, normalize, classes) for key, value in content.items()}
+    if isinstance(content, list):
+        return [without_teachers(value, folder, normalize, classes) for value in content]
+    return content
 
 
 def normalization_of(data: dict[str, Any]) -> Normalize:
-    given = data["init_args"]
+    _, given = own_data(data)
     return Normalize(given["mean"], given["std"]) if "mean" in given else Digits().normalize
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=NAMES)
 def test_every_recipe_trains_two_steps(path: Path, tmp_path: Path):
     content = shrunk(yaml.safe_load(path.read_text()), tmp_path)
-    content = without_teachers(content, tmp_path, normalization_of(content["data"]))
+    content = without_teachers(content, tmp_path, normalization_of(content["data"]), classes_of(content))
     small = tmp_path / "recipe.yaml"
     small.write_text(yaml.safe_dump(content))
     model = recipe.train_recipe(["--config", str(small)])
