@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import pytest
 import yaml
 
 from conftest import ROOT
-from galago import cli, ship
+from galago import cli, recipe, ship
+from galago.run import Run
 
 RECIPE: dict[str, Any] = {
     "model": {"class_path": "galago.models.tiny.Tiny", "init_args": {"width": 4}},
@@ -176,3 +178,13 @@ def test_no_mutated_recipe_ever_shows_a_traceback(tmp_path: Path, capsys: pytest
         assert "GALAGO_TRACEBACK" not in said, (spoilt, said)
         if code == 2:
             assert any(line.startswith("galago: ") for line in said.splitlines()), spoilt
+
+
+def test_a_transform_that_asks_for_any_number_is_written_down_with_it(tmp_path: Path):
+    turns = {"class_path": "torchvision.transforms.v2.RandomRotation", "init_args": {"degrees": 8}}
+    data = {"class_path": "galago.datasets.digits.Digits", "init_args": {"augment": [turns]}}
+    path = write(tmp_path, RECIPE | {"data": data})
+    with warnings.catch_warnings(action="ignore"):  # as for a user
+        recipe.train_recipe(["--config", str(path)])
+        (again,) = recipe.parts_of(Run(tmp_path / "run")).data.augment
+    assert again.degrees == [-8.0, 8.0]

@@ -13,6 +13,7 @@ from tempfile import mkdtemp
 import pytest
 import torch
 
+from galago.augment.occlude import LowerHalf, Occlude
 from galago.catalogue import ideas
 from galago.distill.attention import Attention
 from galago.distill.correlation import Correlation
@@ -51,6 +52,7 @@ GIVEN: dict[str, Callable[[], Method]] = {
     "MutualLearning": lambda: MutualLearning([tiny_network()]),
     "NativeEnsemble": lambda: NativeEnsemble("down"),
     "Planting": lambda: Planting(Distill(tiny_network(), [Correlation()]), first=0, trial=2, layers=["down.0"]),
+    "Occlude": lambda: Occlude(LowerHalf()),
     "Quantize": lambda: Quantize(LSQWeight(4), EWGS(4), stream=MinMax(8)),
     "QuantizeGradient": lambda: QuantizeGradient(AdaptiveInterval(4, alpha=0.3)),
     "StartFrom": lambda: StartFrom(finished_run()),

@@ -29,19 +29,9 @@ FOLDERS = {"augment", "blocks", "datasets", "deploy", "distill", "models", "prob
 # What the files of a folder have in common, and may import. Everything else in it is an idea of its own.
 BASES = {
     "augment": {"mixing"},
-    "datasets": {"augmentation", "download", "image_files", "images", "listing", "loading", "source"},
-    "distill": {
-        "branches",
-        "distill",
-        "divergence",
-        "ensemble",
-        "joint_training",
-        "junctions",
-        "lesson",
-        "sizes",
-        "taps",
-    }
-    | {"teacher", "trials", "widen"},
+    "datasets": {"augmentation", "balance", "download", "image_files", "images", "listing", "loading", "source"},
+    "distill": {"branches", "distill", "divergence", "ensemble", "joint_training", "junctions", "lesson", "sizes"}
+    | {"taps", "teacher", "trials", "widen"},
     "models": {"weights"},
     "quantize": {"blocks", "calibration", "columns", "fold", "graph", "inventory", "layer", "learned_step", "patterns"}
     | {"placement", "plan", "quantizer", "ranges", "reconstruction", "rest", "rounding", "settle", "soft_rounding"}

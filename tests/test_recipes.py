@@ -57,20 +57,23 @@ def pictures(root: Path, classes: list[str]) -> None:
                 Image.fromarray(draw.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / f"{number}.jpg")
 
 
+def own_data(data: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Class path and arguments of a recipe's data set, or of the one within it."""
+    arguments = data["init_args"]
+    arguments.update({name: 2 for name in ("factor",) if name in arguments})  # of an imbalance, in so few images
+    return own_data(arguments["data"]) if "data" in arguments else (data["class_path"], arguments)
+
+
 def shrunk(content: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The recipe with small made-up images in the published layout, no weights to start from, and two steps."""
-    given = content["data"]
-    while "data" in given["init_args"]:  # a damaged data set, around the one that it damages
-        given["init_args"].update({name: 2 for name in ("factor",) if name in given["init_args"]})
-        given = given["init_args"]["data"]
-    data, kind = given["init_args"], given["class_path"]
+    kind, data = own_data(content["data"])
     root = folder / "data"
     if "cifar" in kind:
         cifar(root, 100 if kind.endswith("100") else 10)
     elif "idx" in kind:
         digits(root)
     elif "image_folder" in kind:
-        pictures(root, ["Platelets", "RBC", "WBC"])
+        pictures(root, [f"class {number}" for number in range(content["task"]["init_args"]["classes"])])
         data["workers"] = 0  # which are forked; a process full of engines' threads once died of it
     if "digits.Digits" not in kind:
         data["root"] = str(root)
@@ -94,7 +97,7 @@ def without_teachers(content: Any, folder: Path, normalize: Normalize, classes: 
         run = Run(folder / "teacher")
         run.folder.mkdir(exist_ok=True)
         channels = normalize.mean.numel()
-        run.save_model(resnet20(classes) if channels == 3 else Tiny(channels=channels, width=4), normalize)
+        run.save_model(resnet20(classes) if channels == 3 else Tiny(classes, channels, width=4), normalize)
         return {"class_path": "galago.run.load", "init_args": {"run": str(run.folder)}}
     if content.get("class_path") == "galago.distill.stored.StoredScores":
         content["init_args"]["file"] = str(folder / "scores.npy")

@@ -63,6 +63,30 @@ def find(model: nn.Module, path: str) -> nn.Module:
         raise UserError(f"{type(model).__name__} has no layer {path!r}{hint}") from None
 
 
+def classifier(model: nn.Module) -> str:
+    """The path of the last linear layer, as the network is written down: what makes class scores of an embedding.
+
+    >>> classifier(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 5), nn.Flatten()))
+    '2'
+
+    Raises:
+        UserError: there is none.
+    """
+    inside = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, Wrapper))
+    outer = {path: module for path, module in model.named_modules() if not path.startswith(inside)}
+    linear: list[str] = [path for path, module in outer.items() if isinstance(innermost(module), nn.Linear)]
+    if not linear:
+        raise UserError(f"{type(model).__name__} has no linear layer, so nothing is known to be its classifier")
+    return linear[-1]
+
+
+def innermost(module: nn.Module) -> Any:
+    """The layer within all that wraps it."""
+    while isinstance(module, Wrapper):
+        module = module.layer
+    return module
+
+
 def swap(model: nn.Module, path: str, new: nn.Module) -> nn.Module:
     """Puts `new` where the layer at `path` was; the model, or `new` itself for the empty path."""
     if not path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,10 @@ def parse(arguments: Sequence[str]) -> Namespace:
 
 def plain(config: Namespace) -> dict[str, Any]:
     """The resolved recipe as plain data: what is written into a run's folder."""
-    text = parser().dump(config, skip_validation=True)
+    with warnings.catch_warnings(
+        action="error", category=UserWarning
+    ):  # or jsonargparse writes a remark in place of some numbers
+        text = parser().dump(config, skip_validation=True)
     resolved: dict[str, Any] = yaml.safe_load(text)
     return {key: value for key, value in resolved.items() if key not in ("config", "restart")}
 
@@ -122,7 +126,7 @@ def parts_of(run: Run, allow: Sequence[str] = (), data_root: Path | None = None)
     """
     recipe = {key: value for key, value in run.read_recipe().items() if key in ("task", "data", "probes")}
     guard(recipe, allow)
-    arguments = (recipe.get("data") or {}).get("init_args") or {}
+    arguments = _arguments(recipe.get("data") or {})
     if arguments.get("download"):
         arguments["download"] = False
     if data_root is not None:
@@ -136,6 +140,13 @@ def parts_of(run: Run, allow: Sequence[str] = (), data_root: Path | None = None)
     except Exception as error:
         raise UserError(f"{run.recipe}: {in_a_line(error)}") from error
     return Parts(parts.task, parts.data, parts.probes or ())
+
+
+def _arguments(data: dict[str, Any]) -> dict[str, Any]:
+    """Those of a data set, or of the one within it: only that one has files."""
+    arguments: dict[str, Any] = data.get("init_args") or {}
+    within = arguments.get("data")
+    return _arguments(within) if isinstance(within, dict) else arguments
 
 
 def in_a_line(error: BaseException) -> str:

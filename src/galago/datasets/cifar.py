@@ -105,6 +105,7 @@ class CIFAR10(ImageData):
         mean: of each channel, in units of the image scaled to [0, 1].
         std: of each channel, likewise.
         download: fetch the published archive (170 MB) where the files are missing.
+        together: images of one class that each training batch holds together; None for batches of any images.
     """
 
     def __init__(
@@ -119,6 +120,7 @@ class CIFAR10(ImageData):
         mean: Sequence[float] = (0.4914, 0.4822, 0.4465),
         std: Sequence[float] = (0.2470, 0.2435, 0.2616),
         download: bool = False,
+        together: int | None = None,
     ) -> None:
         self.root, self.augment, self.download = root, augment, download
         archive, md5 = "cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"
@@ -136,6 +138,7 @@ class CIFAR10(ImageData):
             split_seed=split_seed,
             per_class=per_class,
             augment=usual_augmentation() if augment is None else augment,
+            together=together,
         )
 
 
@@ -155,6 +158,7 @@ class CIFAR100(ImageData):
         std: of each channel, likewise.
         coarse: tell the twenty superclasses apart instead of the hundred classes.
         download: fetch the published archive (169 MB) where the files are missing.
+        together: images of one class that each training batch holds together; None for batches of any images.
     """
 
     def __init__(
@@ -170,6 +174,7 @@ class CIFAR100(ImageData):
         std: Sequence[float] = (0.2673, 0.2564, 0.2762),
         coarse: bool = False,
         download: bool = False,
+        together: int | None = None,
     ) -> None:
         self.root, self.augment, self.coarse, self.download = root, augment, coarse, download
         archive, md5 = "cifar-100-binary.tar.gz", "03b5dce01913d631647c71ecec9e9cb8"
@@ -188,4 +193,5 @@ class CIFAR100(ImageData):
             split_seed=split_seed,
             per_class=per_class,
             augment=usual_augmentation() if augment is None else augment,
+            together=together,
         )

@@ -33,6 +33,7 @@ class Digits(ImageData):
         augment: transforms of training images, in order; None for a shift by up to one eighth, [] for none.
         mean: of the grey values, in units of the image scaled to [0, 1].
         std: of the grey values, likewise.
+        together: images of one class that each training batch holds together; None for batches of any images.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Digits(ImageData):
         augment: Sequence[nn.Module] | None = None,
         mean: Sequence[float] = (0.3053,),
         std: Sequence[float] = (0.3763,),
+        together: int | None = None,
     ) -> None:
         if size < 8:
             raise UserError(f"size: digits are 8 pixels wide; {size} would lose what tells them apart")
@@ -63,6 +65,7 @@ class Digits(ImageData):
             split_seed=split_seed,
             per_class=per_class,
             augment=usual if augment is None else augment,
+            together=together,
         )
 
 

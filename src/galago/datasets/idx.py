@@ -123,6 +123,7 @@ class IDX(ImageData):
         augment: transforms of training images, in order; None or [] for none.
         mean: of the grey values, in units of the image scaled to [0, 1].
         std: of the grey values, likewise.
+        together: images of one class that each training batch holds together; None for batches of any images.
     """
 
     def __init__(
@@ -139,6 +140,7 @@ class IDX(ImageData):
         augment: Sequence[nn.Module] | None = None,
         mean: Sequence[float] = (0.5,),
         std: Sequence[float] = (0.5,),
+        together: int | None = None,
     ) -> None:
         self.root, self.augment = root, augment
         self.training_files, self.test_files = training_files, test_files
@@ -161,6 +163,7 @@ class IDX(ImageData):
             split_seed=split_seed,
             per_class=per_class,
             augment=augment or (),
+            together=together,
         )
 
 
@@ -179,6 +182,7 @@ class MNIST(IDX):
         mean: of the grey values, in units of the image scaled to [0, 1].
         std: of the grey values, likewise.
         download: fetch the four published files (11 MB) where they are missing.
+        together: images of one class that each training batch holds together; None for batches of any images.
     """
 
     def __init__(
@@ -193,6 +197,7 @@ class MNIST(IDX):
         mean: Sequence[float] = (0.1307,),
         std: Sequence[float] = (0.3081,),
         download: bool = False,
+        together: int | None = None,
     ) -> None:
         self.download = download
         if download:
@@ -209,6 +214,7 @@ class MNIST(IDX):
             augment=usual if augment is None else augment,
             mean=mean,
             std=std,
+            together=together,
         )
 
 
@@ -227,6 +233,7 @@ class FashionMNIST(IDX):
         mean: of the grey values, in units of the image scaled to [0, 1].
         std: of the grey values, likewise.
         download: fetch the four published files (30 MB) where they are missing.
+        together: images of one class that each training batch holds together; None for batches of any images.
     """
 
     def __init__(
@@ -241,6 +248,7 @@ class FashionMNIST(IDX):
         mean: Sequence[float] = (0.2860,),
         std: Sequence[float] = (0.3530,),
         download: bool = False,
+        together: int | None = None,
     ) -> None:
         self.download = download
         if download:
@@ -257,6 +265,7 @@ class FashionMNIST(IDX):
             augment=usual if augment is None else augment,
             mean=mean,
             std=std,
+            together=together,
         )
 
 

@@ -49,6 +49,7 @@ class ImageFolder(ImageData):
         classes: names in the order of the network's outputs; None for all that are found, sorted.
         on_error: stop at images that cannot be used, or skip them.
         check: look at every file before training.
+        together: images of one class that each training batch holds together; None for batches of any images.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class ImageFolder(ImageData):
         classes: Sequence[str] | None = None,
         on_error: OnError = OnError.stop,
         check: bool = True,
+        together: int | None = None,
     ) -> None:
         if channels not in _MEANS:
             raise UserError(f"channels: {channels} is neither 3 (color) nor 1 (grey)")
@@ -94,6 +96,7 @@ class ImageFolder(ImageData):
             split_seed=split_seed,
             per_class=per_class,
             augment=usual if augment is None else augment,
+            together=together,
         )
         self.hold_out = hold_out
 

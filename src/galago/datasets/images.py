@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from galago.data import Data, Loader, Normalize
 from galago.datasets.augmentation import Augmentation, mix, seeds_of
+from galago.datasets.balance import class_batches, require_groups
 from galago.datasets.loading import Batches, Epoch
 from galago.datasets.source import Source, Split, everything, few, set_aside
 from galago.errors import UserError
@@ -48,6 +49,8 @@ class ImageData(Data, ABC):
             so that a student never validates on what its teacher has seen.
         per_class: train on at most this many images of each class; None for all.
         augment: transforms of training images, in order.
+        together: images of one class that each training batch holds together, of batch_size / together classes, for
+            losses that compare images; None for batches of any images.
 
     Attributes:
         images: how many the full training set has; every training `index` is below it.
@@ -65,17 +68,20 @@ class ImageData(Data, ABC):
         split_seed: int,
         per_class: int | None,
         augment: Sequence[nn.Module],
+        together: int | None = None,
     ) -> None:
         if batch_size < 1 or workers < 0:
             raise UserError(f"batch_size {batch_size} must be at least 1 and workers {workers} at least 0")
         self.classes, self.mean, self.std = tuple(classes), mean, std
         self.batch_size, self.workers = batch_size, workers
-        self.hold_out, self.split_seed, self.per_class = hold_out, split_seed, per_class
+        self.hold_out, self.split_seed, self.per_class, self.together = hold_out, split_seed, per_class, together
         self.images = len(sources.training)
         _check_labels(sources, self.classes)
         self.normalize = _normalization(mean, std, sources.training.shape[0])
         self.augmentation = Augmentation(augment)
         self.training, self.validating, self.testing = self._divide(sources)
+        if together is not None:
+            require_groups(_labels(self.training), batch_size, together, self.classes)
 
     def _divide(self, sources: Sources) -> tuple[Split, Split, Split]:
         training = everything(sources.training)
@@ -101,16 +107,23 @@ class ImageData(Data, ABC):
             UserError: there are fewer images than one batch needs.
         """
         rank, world = _place()
-        steps = len(self.training.positions) // (self.batch_size * world)
-        if not steps:
+        chunks = self._chunks(epoch, rank, world)
+        if not chunks:
             raise UserError(
                 f"batch_size: {len(self.training.positions)} training images are not enough for one batch of"
                 f" {self.batch_size}{f' in each of {world} processes' if world > 1 else ''}; make batch_size smaller"
             )
-        own = shuffled(self.training.positions, self.seed, epoch)[rank::world]
-        chunks = batched(own, self.batch_size)[:steps]
         how = Epoch(self.augmentation, self.seed, epoch)
         return Batches(self.training.source, chunks, len(self.classes), self.workers, start, how)
+
+    def _chunks(self, epoch: int, rank: int, world: int) -> list[Tensor]:
+        """The positions of each batch of this process; as many batches in every one."""
+        order = shuffled(self.training.positions, self.seed, epoch)
+        if self.together is None:
+            return batched(order[rank::world], self.batch_size)[: len(order) // (self.batch_size * world)]
+        labels = self.training.source.labels[order]
+        places = class_batches(labels, self.batch_size, self.together, drawing(self.seed, epoch, 1))
+        return [order[chunk] for chunk in places[rank::world][: len(places) // world]]
 
     def validation(self) -> Loader:
         """Unaugmented batches in a fixed order, all of them in every process."""
@@ -132,8 +145,13 @@ class ImageData(Data, ABC):
 
 def shuffled(positions: Tensor, seed: int, epoch: int) -> Tensor:
     """The order of an epoch."""
-    number = int(mix(seeds_of(seed, epoch, torch.tensor([0])))[0] >> 1)
-    return positions[torch.randperm(len(positions), generator=torch.Generator().manual_seed(number))]
+    return positions[torch.randperm(len(positions), generator=drawing(seed, epoch, 0))]
+
+
+def drawing(seed: int, epoch: int, purpose: int) -> torch.Generator:
+    """What an epoch's order (purpose 0) and the classes of its batches (1) are drawn from."""
+    number = int(mix(seeds_of(seed, epoch, torch.tensor([purpose])))[0] >> 1)
+    return torch.Generator().manual_seed(number)
 
 
 def batched(positions: Tensor, size: int) -> list[Tensor]:
@@ -146,6 +164,10 @@ def _place() -> tuple[int, int]:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1
+
+
+def _labels(split: Split) -> Tensor:
+    return split.source.labels[split.positions]
 
 
 def _normalization(mean: Sequence[float], std: Sequence[float], channels: int) -> Normalize:

@@ -7,6 +7,9 @@ A lesson is one paper's loss (`galago.distill.lesson`): the teacher's probabilit
 `solution_flow`, `contrastive`), how its images relate to each other (`relations`, `similarity`). They share the
 teacher's forward pass, so that a second one costs next to nothing.
 
+A privileged view: where `view` names an entry of the batch's `extra`, the teacher sees that in the input's place, such
+as the whole image where a part of it is hidden from the model (`galago.augment.occlude` keeps it as `full`).
+
 Chosen here: the teacher sees the batch as the model saw it, mixed images included, so its answer is about the same
 image. γ weighs the task's own losses only, not those of other methods. Where an output is a dict, its entry `main`
 counts. The teacher stays in evaluation mode, without gradients (`no_grad` and not `inference_mode`, whose tensors
@@ -51,9 +54,12 @@ class Distill(Method):
         teacher: a trained network for the same classes and the same normalization.
         lessons: the losses between the two.
         task_weight: of the task's own losses; 0 learns from the teacher alone.
+        view: entry of the batch's `extra` that the teacher sees, such as `full`; None for what the model saw.
     """
 
-    def __init__(self, teacher: nn.Module, lessons: Sequence[Lesson], task_weight: float = 1.0) -> None:
+    def __init__(
+        self, teacher: nn.Module, lessons: Sequence[Lesson], task_weight: float = 1.0, view: str | None = None
+    ) -> None:
         super().__init__()
         if not lessons:
             raise UserError("Distill: lessons is empty; name at least one, such as galago.distill.logits.SoftTargets")
@@ -62,7 +68,7 @@ class Distill(Method):
                 f"Distill: a {type(teacher).__name__} has no features; give its teacher itself to lessons on layers"
             )
         self.teacher = teacher.requires_grad_(False).eval()
-        self.lessons, self.task_weight = nn.ModuleList(lessons), task_weight
+        self.lessons, self.task_weight, self.view = nn.ModuleList(lessons), task_weight, view
         self.names = names_of(lessons)
         self._taps: tuple[Taps, Taps] | None = None
         self._cost = ""
@@ -119,7 +125,7 @@ class Distill(Method):
             progress: of the training, 0 to 1.
         """
         with torch.no_grad():
-            wanted = answers(self.teacher, batch)
+            wanted = answers(self.teacher, self._shown(batch))
         losses = {}
         for name, lesson in zip(self.names, self._lessons(), strict=True):
             student, teacher = self._views(lesson, said, wanted)
@@ -148,6 +154,15 @@ class Distill(Method):
             ]
             table.add_row(type(lesson).__name__, *cells[0], *cells[1], note)
         return table
+
+    def _shown(self, batch: Batch) -> Batch:
+        """A batch as the teacher sees it."""
+        if self.view is None:
+            return batch
+        if self.view not in batch.extra:
+            kept = ", ".join(batch.extra) or "nothing"
+            raise UserError(f"Distill: view is {self.view!r}, but a batch keeps {kept}; list a method that keeps it")
+        return batch._replace(input=batch.extra[self.view])
 
     def _lessons(self) -> list[Lesson]:
         return [lesson for lesson in self.lessons if isinstance(lesson, Lesson)]

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
-from galago.distill.widen import Junction, first_filters, innermost, widen
+from galago.distill.widen import Junction, first_filters, widen
 from galago.errors import UserError
-from galago.layers import Call, Flow, find, flow, tap
+from galago.layers import Call, Flow, find, flow, innermost, tap
 from galago.probe import evaluating
 from galago.quantize.fold import FoldedNorm
 

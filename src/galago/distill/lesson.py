@@ -42,7 +42,7 @@ class Seen(NamedTuple):
 
     student: View
     teacher: View  # scores and features without gradients
-    batch: Batch  # as both networks saw it
+    batch: Batch  # as the model saw it; so did the teacher, unless `Distill` shows it another view
     progress: float  # of the whole training, 0 to 1
 
 

@@ -59,9 +59,9 @@ from galago.distill.distill import Distill
 from galago.distill.junctions import added_macs, added_parameters, allowed, junctions, table
 from galago.distill.lesson import Lesson
 from galago.distill.trials import Trial, Trials
-from galago.distill.widen import Junction, Plant, first_filters, innermost, widen
+from galago.distill.widen import Junction, Plant, first_filters, widen
 from galago.errors import UserError
-from galago.layers import find
+from galago.layers import find, innermost
 from galago.method import Forward, Method
 from galago.probe import device_of, evaluating, shared
 

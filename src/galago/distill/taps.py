@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from galago.errors import UserError
-from galago.layers import Wrapper, find, removing
+from galago.layers import Wrapper, classifier, find, removing
+
+CLASSIFIER = "input of the classifier"  # named like a layer, though no layer need give it out; no path holds a space
 
 
 class Taps:
@@ -22,7 +24,7 @@ class Taps:
 
     Args:
         model: the network.
-        paths: of its layers.
+        paths: of its layers, or CLASSIFIER for the embedding that its last linear layer takes in.
 
     >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(inplace=True))
     >>> taps = Taps(net, ["0"])
@@ -42,15 +44,17 @@ class Taps:
         self._versions: dict[str, int] | None = {}  # of each output as it was given, until `check`
         self._hooks = [self._hook(path) for path in self.paths]
         for path, hook in zip(self.paths, self._hooks, strict=True):
-            find(model, path).register_forward_hook(hook)
+            layer = classifier(model) if path == CLASSIFIER else path
+            find(model, layer).register_forward_hook(hook)
 
     def _hook(self, path: str) -> Any:
-        def keep(module: nn.Module, inputs: object, output: Any) -> None:
+        def keep(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             if Taps.resting:
                 return
-            self.values[path] = output.clone() if path in self.changed else output
-            if self._versions is not None and isinstance(output, Tensor):
-                self._versions[path] = output._version
+            value = inputs[0] if path == CLASSIFIER else output
+            self.values[path] = value.clone() if path in self.changed else value
+            if self._versions is not None and isinstance(value, Tensor):
+                self._versions[path] = value._version
 
         return keep
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from galago.layers import Wrapper, find, removing
+from galago.layers import Wrapper, find, innermost, removing
 from galago.quantize.layer import QuantLayer
 
 MOMENTUM = 0.1  # of new BatchNorm entries whose layer averages over all batches alike
@@ -215,10 +215,3 @@ def _of_quantizers(layer: nn.Module, weight: Tensor) -> Iterator[Part]:
                     if tensor.shape != old.shape:
                         yield Part(there[path], name, 0, tensor.detach()[len(old) :])
         layer = layer.layer
-
-
-def innermost(module: nn.Module) -> Any:
-    """A layer without what is wrapped around it."""
-    while isinstance(module, Wrapper):
-        module = module.layer
-    return module
