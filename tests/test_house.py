@@ -30,11 +30,12 @@ FOLDERS = {"augment", "blocks", "datasets", "deploy", "distill", "models", "prob
 BASES = {
     "augment": {"mixing"},
     "datasets": {"augmentation", "download", "image_files", "images", "listing", "loading", "source"},
-    "distill": {"distill", "lesson", "sizes", "taps", "teacher"},
+    "distill": {"adjust", "distill", "lesson", "sizes", "taps", "teacher"},
     "models": {"weights"},
     "quantize": {"blocks", "calibration", "columns", "fold", "graph", "inventory", "layer", "learned_step", "patterns"}
     | {"placement", "plan", "quantizer", "ranges", "reconstruction", "rest", "rounding", "settle", "soft_rounding"}
     | {"moments", "units", "budget", "sensitivity"},
+    "tasks": {"classify"},
 }
 # The promise of every quantizer: what is quantized can be recognized anywhere.
 PROMISE = {"quantize.quantizer", "quantize.gradient_quantizer", "quantize.layer", "quantize.fold"}
