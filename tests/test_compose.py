@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from galago.catalogue import ideas
+from galago.distill.adjust import AdjustedTargets
 from galago.distill.attention import Attention
 from galago.distill.distill import Distill
 from galago.distill.hints import Hints
@@ -36,6 +37,7 @@ from galago.trainer import finish
 
 # Methods that need arguments, and methods that need another before them. All others are found and made by themselves.
 GIVEN: dict[str, Callable[[], Method]] = {
+    "AdjustedTargets": lambda: AdjustedTargets(tiny_network()),
     "AdaRound": lambda: AdaRound(iterations=2, batches=1),
     "BRECQ": lambda: BRECQ(iterations=2, scale_iterations=2, batches=1),
     "Distill": lambda: Distill(tiny_network(), [SoftTargets(), Attention(1.0, layers=[-1]), Hints(1.0, layers=[-1])]),

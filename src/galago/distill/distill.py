@@ -8,10 +8,12 @@ A lesson is one paper's loss (`galago.distill.lesson`): the teacher's probabilit
 
 Chosen here: the teacher sees the batch as the model saw it, mixed images included, so its answer is about the same
 image. γ weighs the task's own losses only, not those of other methods. Where an output is a dict, its entry `main`
-counts. The teacher stays in evaluation mode, without gradients (`no_grad` and not `inference_mode`, whose tensors
-cannot take part in the model's gradient), and is kept in the checkpoint: an exact resume then does not depend on
-whether the teacher's own run has changed in the meantime. Adapters train with the model. The finished model holds
-nothing of all this. Everything that can be wrong with names and shapes is wrong before the first step.
+counts. Where the teacher has an output for each class and the model one more, that one abstains
+(`galago.tasks.abstain`) and is not compared. The teacher stays in evaluation mode, without gradients (`no_grad` and not
+`inference_mode`, whose tensors cannot take part in the model's gradient), and is kept in the checkpoint: an exact
+resume then does not depend on whether the teacher's own run has changed in the meantime. Adapters train with the model.
+The finished model holds nothing of all this. Everything that can be wrong with names and shapes is wrong before the
+first step.
 """
 
 from __future__ import annotations
@@ -52,6 +54,7 @@ class Distill(Method):
         self.lessons, self.task_weight = nn.ModuleList(lessons), task_weight
         self.names = names_of(lessons)
         self._taps: tuple[Taps, Taps] | None = None
+        self._classes: int | None = None  # outputs of the model that are compared; all of them
         self._table: Table | None = None
 
     def train(self, mode: bool = True) -> Self:
@@ -75,6 +78,9 @@ class Distill(Method):
             pairs = self._pairs()
             self._taps = Taps(model, [own for _, own, _ in pairs]), Taps(self.teacher, [its for _, _, its in pairs])
             answers = scores(model(image)), scores(self.teacher(image))
+            if answers[1].shape[1] == len(data.classes) == answers[0].shape[1] - 1:
+                self._classes = len(data.classes)
+                answers = answers[0][:, : self._classes], answers[1]
             require_teachable(*answers)
             for taps, whose in zip(self._taps, ("the model", "the teacher"), strict=True):
                 taps.check(whose)
@@ -91,7 +97,7 @@ class Distill(Method):
             own = inner.task.losses(step.output, step.batch).keys()  # other methods' losses keep their weights
         losses = {name: self.task_weight * loss if name in own else loss for name, loss in step.losses.items()}
         step = step._replace(losses=losses)
-        said = scores(step.output)
+        said = scores(step.output)[:, : self._classes]
         for name, lesson in zip(self.names, self._lessons(), strict=True):
             student, teacher = self._views(lesson, said, wanted)
             loss = lesson(Seen(student, teacher, step.batch, inner.progress))
