@@ -22,6 +22,7 @@ class Taps:
     Args:
         model: the network.
         paths: of its layers.
+        inputs: keep what the layers were given instead.
 
     >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(inplace=True))
     >>> taps = Taps(net, ["0"])
@@ -32,8 +33,8 @@ class Taps:
     True
     """
 
-    def __init__(self, model: nn.Module, paths: Iterable[str]) -> None:
-        self.paths = list(dict.fromkeys(paths))
+    def __init__(self, model: nn.Module, paths: Iterable[str], inputs: bool = False) -> None:
+        self.paths, self.inputs = list(dict.fromkeys(paths)), inputs
         self.values: dict[str, Any] = {}
         self.changed: set[str] = set()
         self._versions: dict[str, int] | None = {}  # of each output as it was given, until `check`
@@ -42,10 +43,11 @@ class Taps:
             find(model, path).register_forward_hook(hook)
 
     def _hook(self, path: str) -> Any:
-        def keep(module: nn.Module, inputs: object, output: Any) -> None:
-            self.values[path] = output.clone() if path in self.changed else output
-            if self._versions is not None and isinstance(output, Tensor):
-                self._versions[path] = output._version
+        def keep(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            kept = inputs[0] if self.inputs else output
+            self.values[path] = kept.clone() if path in self.changed else kept
+            if self._versions is not None and isinstance(kept, Tensor):
+                self._versions[path] = kept._version
 
         return keep
 
@@ -97,6 +99,38 @@ def stages(model: nn.Module, image: Tensor) -> list[str]:
     with removing(handles):
         model(image)
     return [ends[size] for size in sorted(ends, reverse=True)]
+
+
+@torch.no_grad()
+def classifier(model: nn.Module, image: Tensor) -> str | None:
+    """The linear layer (or 1×1 convolution) that gives the scores, by path; None where something comes behind it.
+
+    Args:
+        model: in evaluation mode.
+        image: normalized, N×C×H×W.
+
+    >>> classifier(nn.Sequential(nn.Flatten(), nn.Linear(9, 4), nn.ReLU(), nn.Linear(4, 3)), torch.ones(1, 1, 3, 3))
+    '3'
+    """
+    given: dict[str, Tensor] = {}
+
+    def note(path: str) -> Any:
+        def hook(module: nn.Module, inputs: object, output: Any) -> None:
+            if isinstance(output, Tensor):
+                given[path] = output.flatten(1)
+
+        return hook
+
+    linear = [(path, part) for path, part in own_modules(model) if isinstance(_own(part), nn.Linear | nn.Conv2d)]
+    with removing([part.register_forward_hook(note(path)) for path, part in linear]):
+        answer = model(image)
+    scores = answer["main"] if isinstance(answer, dict) else answer
+    return next((path for path, _ in linear if path in given and torch.equal(given[path], scores)), None)
+
+
+def _own(module: nn.Module) -> nn.Module:
+    """What a wrapper stands in front of."""
+    return _own(module.layer) if isinstance(module, Wrapper) else module
 
 
 def own_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
