@@ -71,6 +71,7 @@ def test_a_full_run_shows_every_plot_and_table(write_run: Write) -> None:
         "Time for a batch of 32",
         "Reliability: float, before",
         "Reliability: resnet20, after",
+        "Error against coverage",
         "Bits of each layer",
         "Rounding error of each layer",
         "Each layer quantized alone",
