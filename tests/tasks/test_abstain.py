@@ -8,19 +8,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch import Tensor, nn
 
 from galago.batch import Batch
 from galago.deploy.onnx import export
+from galago.deploy.report.predictions import read_predictions
 from galago.deploy.runtime import OnnxRuntime
 from galago.errors import UserError
 from galago.laws.trial import TinyImages, Trial
+from galago.measure import measure_run
 from galago.models.tiny import Tiny
 from galago.probe import Deployed, measure
 from galago.probes.calibration import Calibration
 from galago.probes.top_accuracy import TopAccuracy
 from galago.quantize.lsq import LSQ, LSQWeight
 from galago.quantize.quantize import Quantize
+from galago.recipe import train_recipe
 from galago.tasks.abstain import ClassifyOrAbstain, gambler_loss, optimal_bets
 from galago.testing import check_task
 from galago.train import check_fit
@@ -244,3 +248,24 @@ def test_images_of_noise_are_held_back_more_than_images_that_can_be_known() -> N
     assert held[600:].mean() > 0.8
     assert held[:600].mean() < 0.2
     assert right.float().mean() > 0.95
+
+
+def test_a_finished_run_is_measured_with_its_reservations_kept_for_the_report(tmp_path: Path) -> None:
+    recipe = {
+        "run": str(tmp_path / "run"),
+        "model": {"class_path": "galago.models.tiny.Tiny", "init_args": {"width": 4, "classes": 11}},
+        "task": {"class_path": "galago.tasks.abstain.ClassifyOrAbstain", "init_args": {"classes": 10, "payoff": 3.0}},
+        "data": {"class_path": "galago.datasets.digits.Digits", "init_args": {"per_class": 10}},
+        "probes": [
+            {"class_path": "galago.probes.selective.Selective", "init_args": {"coverages": [90]}},
+            {"class_path": "galago.probes.sensitivity.Sensitivity"},
+        ],
+        "epochs": 1,
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    train_recipe(["--config", str(tmp_path / "recipe.yaml")])
+    numbers = measure_run(tmp_path / "run")
+    assert {"accuracy", "aurc_reservation", "selective_error_90_confidence"} <= numbers.keys()
+    answers = read_predictions(tmp_path / "run/predictions")["model"]
+    assert answers.correct.mean() == pytest.approx(numbers["accuracy"], abs=1e-6)
+    assert answers.risks().mean() == pytest.approx(numbers["aurc_reservation"])

@@ -18,8 +18,9 @@ says how much the other classes resemble the image.
 When: the labels are clean (it writes their noise into the teacher) and the teacher is wrong on some of the training
 images. It costs the teacher's forward pass in every step.
 
-Usual setting (a public library, recalled): T = 20 beside the labels, weight 0.5 for the shift, 0.85 and p = 0.9 for
-smoothing. The second paper's are unknown; T = 4 is a design choice.
+Usual setting (a public library): T = 20 beside the labels, weight 0.5 for the shift, 0.85 and p = 0.9 for smoothing.
+The second paper's are unknown; T = 4 is a design choice. The softer the targets, the more the gambler loss holds back:
+with it give `ClassifyOrAbstain` a `pretraining`, or whole classes may never be bet on (tried on digits).
 
 Recipe: recipes/distill/abstain_resnet20_cifar10.yaml.
 

@@ -21,7 +21,8 @@ one output. Build the model with m + 1 outputs; the data have m classes.
 
 Usual setting: the official code for CIFAR-10 has o = 2.2 by default, tries several and chooses for every coverage, and
 below o = 6.1 trains 100 of 300 epochs with cross-entropy on the first m scores, for the loss alone may learn to hold
-everything back. The defaults are design choices: o = 0.6 m, and a third of the training with cross-entropy below that.
+everything back. The defaults are design choices: o = 0.6 m, and a third of the training with cross-entropy below that;
+softened targets need it at larger pay-offs too.
 
 Recipe: recipes/distill/gambler_resnet20_cifar10.yaml, and with a teacher recipes/distill/abstain_resnet20_cifar10.yaml.
 

@@ -195,7 +195,7 @@ def risk_coverage(shown: Sequence[tuple[str, Predictions]]) -> Figure:
     canvas.text(LEFT - 38, 14, "error", "title")
     canvas.key([(f"swatch-{place}", whose) for place, whose in enumerate(curves)], y=14, x=LEFT + 6)
     canvas.below(x, [0, 0.25, 0.5, 0.75, 1], lambda tick: percent(tick, 0), "coverage: images that are answered")
-    areas = ", ".join(f"{whose} {_area(answers)}" for whose, answers in shown)
+    areas = "; ".join(f"{whose}: {_area(answers)}" for whose, answers in shown)
     caption = (
         f"Left out are the images of which a network is least sure. Lower is better. Area under the curve: {areas}."
     )
@@ -206,4 +206,4 @@ def risk_coverage(shown: Sequence[tuple[str, Predictions]]) -> Figure:
 
 def _area(answers: Predictions) -> str:
     ranked = "confidence" if answers.reservation is None else "reservation"
-    return f"{significant(float(answers.risks().mean()))} by {ranked}"
+    return f"{significant(float(answers.risks().mean()))} (by {ranked})"
