@@ -15,6 +15,7 @@ import torch
 
 from galago.augment.occlude import LowerHalf, Occlude
 from galago.catalogue import ideas
+from galago.distill.adjust import AdjustedTargets
 from galago.distill.attention import Attention
 from galago.distill.correlation import Correlation
 from galago.distill.distill import Distill
@@ -43,6 +44,7 @@ from galago.trainer import finish
 
 # Methods that need arguments, and methods that need another before them. All others are found and made by themselves.
 GIVEN: dict[str, Callable[[], Method]] = {
+    "AdjustedTargets": lambda: AdjustedTargets(tiny_network()),
     "AdaRound": lambda: AdaRound(iterations=2, batches=1),
     "BRECQ": lambda: BRECQ(iterations=2, scale_iterations=2, batches=1),
     "Distill": lambda: Distill(tiny_network(), [SoftTargets(), Attention(1.0, layers=[-1]), Hints(1.0, layers=[-1])]),

@@ -30,12 +30,13 @@ FOLDERS = {"augment", "blocks", "datasets", "deploy", "distill", "models", "prob
 BASES = {
     "augment": {"mixing"},
     "datasets": {"augmentation", "balance", "download", "image_files", "images", "listing", "loading", "source"},
-    "distill": {"branches", "distill", "divergence", "ensemble", "joint_training", "junctions", "lesson", "sizes"}
-    | {"taps", "teacher", "trials", "widen"},
+    "distill": {"adjust", "branches", "distill", "divergence", "ensemble", "joint_training", "junctions", "lesson"}
+    | {"sizes", "taps", "teacher", "trials", "widen"},
     "models": {"weights"},
     "quantize": {"blocks", "calibration", "columns", "fold", "graph", "inventory", "layer", "learned_step", "patterns"}
     | {"placement", "plan", "quantizer", "ranges", "reconstruction", "rest", "rounding", "settle", "soft_rounding"}
     | {"moments", "units", "budget", "sensitivity"},
+    "tasks": {"classify"},
 }
 # The promise of every quantizer: what is quantized can be recognized anywhere.
 PROMISE = {"quantize.quantizer", "quantize.gradient_quantizer", "quantize.layer", "quantize.fold"}

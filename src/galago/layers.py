@@ -76,7 +76,7 @@ def classifier(model: nn.Module) -> str:
     outer = {path: module for path, module in model.named_modules() if not path.startswith(inside)}
     linear: list[str] = [path for path, module in outer.items() if isinstance(innermost(module), nn.Linear)]
     if not linear:
-        raise UserError(f"{type(model).__name__} has no linear layer, so nothing is known to be its classifier")
+        raise UserError(f"{type(model).__name__} has no linear layer that would be its classifier; name a layer")
     return linear[-1]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from galago.console import say
 from galago.deploy import onnx, runtime
@@ -55,7 +55,7 @@ def measure_run(
     numbers = _numbers(outputs, deployed, parts)
     known = read_json(files.metrics) if files.metrics.exists() else {}
     write_json(files.metrics, known | {name: numbers})
-    _keep(files, name, outputs)
+    _keep(files, name, outputs, parts.task.reservation(outputs.output.double()))
     if artifact is None:
         write_json(files.folder / "layers.json", layer_rows(network, model, parts, files))
         for probe in parts.probes:
@@ -74,10 +74,13 @@ def _numbers(outputs: Outputs, deployed: nn.Module, parts: Parts) -> dict[str, f
     return found
 
 
-def _keep(files: Run, name: str, outputs: Outputs) -> None:
+def _keep(files: Run, name: str, outputs: Outputs, reservation: Tensor | None) -> None:
     (files.folder / "predictions").mkdir(exist_ok=True)
+    arrays = {"output": outputs.output.numpy(), "target": outputs.target.argmax(1).numpy()}
+    if reservation is not None:
+        arrays["reservation"] = reservation.numpy()
     with atomic(files.folder / "predictions" / f"{name}.npz") as temporary, temporary.open("wb") as file:
-        np.savez(file, output=outputs.output.numpy(), target=outputs.target.argmax(1).numpy())
+        np.savez(file, allow_pickle=False, **arrays)
 
 
 def layer_rows(network: nn.Module, deployed: Deployed, parts: Parts, files: Run) -> list[dict[str, Any]]:

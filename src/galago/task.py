@@ -14,6 +14,10 @@ from galago.batch import Batch
 class Task(nn.Module, ABC):
     """Turns outputs into losses, predictions and metrics. Knows nothing about any method."""
 
+    def at(self, progress: float) -> Task:
+        """The task as it is when `progress` of the whole training (0 to 1) is over: by default always the same."""
+        return self
+
     @abstractmethod
     def losses(self, output: Any, batch: Batch) -> dict[str, Tensor]:
         """The task's own loss terms, each a scalar."""
@@ -29,3 +33,7 @@ class Task(nn.Module, ABC):
     @abstractmethod
     def decisions(self, output: Any) -> Tensor:
         """The choices that an exported file must share with the trained model, N×…, integers (the arg-max class)."""
+
+    def reservation(self, output: Any) -> Tensor | None:
+        """How far each answer is kept back, N numbers in [0, 1]; None where a task always answers, the default."""
+        return None

@@ -99,7 +99,7 @@ class Learner(nn.Module):
         image = self.normalize(batch.input)
         if image.ndim == 4:
             image = image.contiguous(memory_format=self.layout)
-        return Forward(self.model, self.task, self.ideas, progress)(batch._replace(input=image))
+        return Forward(self.model, self.task.at(progress), self.ideas, progress)(batch._replace(input=image))
 
     @property
     def ideas(self) -> tuple[Method, ...]:

@@ -26,6 +26,7 @@ from galago.quantize.plan import initialize
 from galago.quantize.rest import rest, wake
 from galago.run import Run
 from galago.task import Task
+from galago.tasks.abstain import ClassifyOrAbstain
 from galago.tasks.classify import Classify
 from galago.testing import check_probe
 from galago.train import train
@@ -215,3 +216,11 @@ def test_measuring_a_run_that_lists_it_writes_its_table(tmp_path) -> None:
     layers = [row["path"] for row in json.loads((tmp_path / "layers.json").read_text())]
     assert [row["path"] for row in found["layers"]] == [*layers, "streams"]
     assert Run(tmp_path).finished
+
+
+def test_the_divergence_of_a_network_that_may_abstain_counts_what_it_holds_back() -> None:
+    torch.manual_seed(0)
+    model, data = quantized_network(), TinyImages()
+    tasks: list[Task] = [classify(), ClassifyOrAbstain(2)]
+    first, second = (Sensitivity(48)(Deployed(model, data.normalize, task), task, data) for task in tasks)
+    assert second["quantization_kl"] == pytest.approx(first["quantization_kl"])

@@ -12,10 +12,12 @@ as the whole image where a part of it is hidden from the model (`galago.augment.
 
 Chosen here: the teacher sees the batch as the model saw it, mixed images included, so its answer is about the same
 image. γ weighs the task's own losses only, not those of other methods. Where an output is a dict, its entry `main`
-counts. The teacher stays in evaluation mode, without gradients (`no_grad` and not `inference_mode`, whose tensors
-cannot take part in the model's gradient), and is kept in the checkpoint: an exact resume then does not depend on
-whether the teacher's own run has changed in the meantime. Adapters train with the model. The finished model holds
-nothing of all this. Everything that can be wrong with names and shapes is wrong before the first step.
+counts. Where the teacher has an output for each class and the model one more, that one abstains
+(`galago.tasks.abstain`) and is not compared. The teacher stays in evaluation mode, without gradients (`no_grad` and not
+`inference_mode`, whose tensors cannot take part in the model's gradient), and is kept in the checkpoint: an exact
+resume then does not depend on whether the teacher's own run has changed in the meantime. Adapters train with the model.
+The finished model holds nothing of all this. Everything that can be wrong with names and shapes is wrong before the
+first step.
 """
 
 from __future__ import annotations
@@ -72,6 +74,7 @@ class Distill(Method):
         self.names = names_of(lessons)
         self._taps: tuple[Taps, Taps] | None = None
         self._cost = ""
+        self._classes: int | None = None  # outputs of the model that are compared; all of them
 
     def train(self, mode: bool = True) -> Self:
         """As usual, except that the teacher stays in evaluation mode."""
@@ -96,6 +99,9 @@ class Distill(Method):
             pairs = self._pairs()
             self._taps = Taps(model, [own for _, own, _ in pairs]), Taps(self.teacher, [its for _, _, its in pairs])
             said = scores(model(image)), scores(self.teacher(image))
+            if said[1].shape[1] == len(data.classes) == said[0].shape[1] - 1:
+                self._classes = len(data.classes)
+                said = said[0][:, : self._classes], said[1]
             require_teachable(*said)
             for taps, whose in zip(self._taps, ("the model", "the teacher"), strict=True):
                 taps.check(whose)
@@ -111,9 +117,8 @@ class Distill(Method):
         with torch.no_grad():
             own = inner.task.losses(step.output, step.batch).keys()  # other methods' losses keep their weights
         losses = {name: self.task_weight * loss if name in own else loss for name, loss in step.losses.items()}
-        return step._replace(losses=losses).add(
-            **self.taught(inner.model, scores(step.output), step.batch, inner.progress)
-        )
+        taught = self.taught(inner.model, scores(step.output), step.batch, inner.progress)
+        return step._replace(losses=losses).add(**taught)
 
     def taught(self, model: nn.Module, said: Tensor, batch: Batch, progress: float) -> dict[str, Tensor]:
         """Every lesson's weighted loss, right after the model has seen a batch.
@@ -124,6 +129,7 @@ class Distill(Method):
             batch: as the model saw it.
             progress: of the training, 0 to 1.
         """
+        said = said[:, : self._classes]
         with torch.no_grad():
             wanted = answers(self.teacher, self._shown(batch))
         losses = {}

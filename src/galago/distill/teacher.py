@@ -49,9 +49,18 @@ def require_teachable(student: Tensor, teacher: Tensor) -> None:
     Raises:
         UserError: other classes, or scores that are not finite.
     """
-    if teacher.shape[1] != student.shape[1]:
+    require_classes(teacher, student.shape[1])
+
+
+def require_classes(teacher: Tensor, classes: int) -> None:
+    """Looks at what the teacher makes of one image.
+
+    Raises:
+        UserError: another number of classes, or scores that are not finite.
+    """
+    if teacher.shape[1] != classes:
         raise UserError(
-            f"the teacher tells {teacher.shape[1]} classes apart, the model {student.shape[1]}; "
+            f"the teacher tells {teacher.shape[1]} classes apart, the model {classes}; "
             "give a teacher that was trained for the model's classes"
         )
     if not torch.isfinite(teacher).all():

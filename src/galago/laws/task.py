@@ -21,7 +21,8 @@ def check_task(
     """Checks the laws of a Task.
 
     Its losses are finite scalars with a finite gradient; a perfect output gives perfect metrics and another output does
-    not; each collection of metrics is fresh; decisions are integers, one or more an input; `decode` can be exported.
+    not; each collection of metrics is fresh; decisions are integers, one or more an input; a reservation, if there is
+    one, is a number from 0 to 1 for each; `decode` can be exported.
 
     Args:
         make_task: makes the task.
@@ -35,11 +36,15 @@ def check_task(
     """
     with keep_random_state():
         task = make_task().eval()
-        _differentiates(task, batch, output)
+        for stage in (task.at(0.0), task):
+            _differentiates(stage, batch, output)
         _rewards_the_perfect(task, batch, output, perfect, best)
         decisions, count = task.decisions(output), len(batch.input)
         whole = not decisions.is_floating_point() and len(decisions) == count
         require(whole, f"decisions are integers for each of the {count} inputs, not {decisions.dtype}")
+        held = task.reservation(output)
+        shares = held is None or (held.shape == (count,) and bool(((held >= 0) & (held <= 1)).all()))
+        require(shares, f"a reservation is a number from 0 to 1 for each of the {count} inputs, not {held}")
         _decodes_when_exported(task, output)
 
 

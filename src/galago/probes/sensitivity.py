@@ -161,10 +161,15 @@ class _Comparison:
         y, y_hat = self.reference.output.double(), found.output.double()
         noise = (y_hat - y).square()
         numbers = TaskMetrics().score(found, self.task)
-        p, q = self.task.decode(y), self.task.decode(y_hat)
+        p, q = self._decoded(y), self._decoded(y_hat)
         if are_probabilities(p):
             numbers["kl"] = divergence(p, q)
         return numbers | {"mse": float(noise.mean()), "db": decibels(float(y.square().sum()), float(noise.sum()))}
+
+    def _decoded(self, output: Tensor) -> Any:
+        """What a user sees, and beside it what a task holds back that may abstain: together a distribution."""
+        decoded, held = self.task.decode(output), self.task.reservation(output)
+        return decoded if held is None else torch.cat([decoded, held[:, None]], 1)
 
 
 def _parts(deployed: nn.Module) -> Parts:

@@ -10,12 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from galago.deploy.report.comparison import Cost, what_it_cost
 from galago.deploy.report.predictions import Predictions, compare, mcnemar, read_predictions
 from galago.deploy.report.reading import read_record
 from galago.errors import UserError
-from galago.probes.calibration import brier, negative_log_likelihood, reliability
+from galago.probe import Outputs
+from galago.probes.calibration import Calibration, brier, negative_log_likelihood, reliability
+from galago.probes.selective import Selective
+from galago.tasks.abstain import ClassifyOrAbstain
 
 Write = Callable[..., Path]
 
@@ -180,3 +184,44 @@ def test_targets_that_fit_no_output_are_refused(tmp_path: Path, target: np.ndarr
 def test_outputs_that_are_no_class_scores_are_passed_over(tmp_path: Path) -> None:
     save(tmp_path, np.zeros((3, 4, 5), np.float32), np.zeros(3, int))
     assert read_predictions(tmp_path / "predictions") == {}
+
+
+def gambles(images: int = 60) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Outputs of a network with four classes that may abstain, labels, and reservations."""
+    draws = np.random.default_rng(0)
+    output = 2 * draws.standard_normal((images, 5)).astype(np.float32)
+    reservation = ClassifyOrAbstain(4).reservation(torch.from_numpy(output).double())
+    return output, draws.integers(0, 4, images), reservation.numpy()
+
+
+def test_a_network_that_may_abstain_is_judged_by_its_classes_and_ranked_by_its_reservation(tmp_path: Path) -> None:
+    output, target, reservation = gambles()
+    np.savez(tmp_path / "model.npz", output=output, target=target, reservation=reservation)
+    answers = read_predictions(tmp_path)["model"]
+    outputs = Outputs(torch.from_numpy(output), torch.eye(4)[torch.from_numpy(target)])
+    numbers = Calibration().score(outputs, ClassifyOrAbstain(4))
+    assert answers.bins().expected_error() == pytest.approx(numbers["ece"])
+    assert answers.surprise.mean() == pytest.approx(numbers["nll"])
+    assert answers.distance.mean() == pytest.approx(numbers["brier"])
+    ranked = Selective().score(outputs, ClassifyOrAbstain(4))
+    assert answers.risks().mean() == pytest.approx(ranked["aurc_reservation"])
+    assert answers._replace(reservation=None).risks()[-1] == pytest.approx(answers.risks()[-1])
+
+
+@pytest.mark.parametrize("reservation", [np.zeros(3), np.full(60, np.nan), np.zeros((60, 1))])
+def test_reservations_that_fit_no_output_are_refused(tmp_path: Path, reservation: np.ndarray) -> None:
+    output, target, _ = gambles()
+    np.savez(tmp_path / "model.npz", output=output, target=target, reservation=reservation)
+    with pytest.raises(UserError, match="does not hold a number for each"):
+        read_predictions(tmp_path)
+
+
+def test_a_reservation_that_claims_more_than_is_stored_takes_no_memory(tmp_path: Path) -> None:
+    output, target, _ = gambles()
+    np.savez(tmp_path / "model.npz", output=output, target=target)
+    header = b"{'descr': '<f8', 'fortran_order': False, 'shape': (99999999999,), }"
+    header += b" " * (117 - len(header)) + b"\n"
+    with zipfile.ZipFile(tmp_path / "model.npz", "a") as archive:
+        archive.writestr("reservation.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+    with pytest.raises(UserError, match="claims 799999999992 bytes"):
+        read_predictions(tmp_path)

@@ -71,6 +71,7 @@ def test_a_full_run_shows_every_plot_and_table(write_run: Write) -> None:
         "Time for a batch of 32",
         "Reliability: float, before",
         "Reliability: resnet20, after",
+        "Error against coverage",
         "Bits of each layer",
         "Rounding error of each layer",
         "Each layer quantized alone",
@@ -320,6 +321,18 @@ def test_a_network_that_diverged_has_no_reliability_diagram_but_a_report(write_r
     for path in (run / "predictions").iterdir():
         np.savez(path, output=np.full((4, 3), np.nan, np.float32), target=np.zeros(4, np.int64))
     assert not [title for title in titles(write_report(run)) if title.startswith("Reliability")]
+
+
+def test_errors_are_drawn_against_coverage_by_confidence_or_by_reservation(write_run: Write) -> None:
+    run, other = write_run("student"), write_run("teacher", bits=None)
+    area = r"Area under the curve: trained model: 0\.\d+ \(by confidence\); ONNX file: 0\.\d+ \(by confidence\)\."
+    assert re.search(area, text_of(write_report(run)))
+    draws = np.random.default_rng(0)
+    for path in (run / "predictions").iterdir():
+        output, reservation = draws.standard_normal((1000, 11)).astype(np.float32), draws.random(1000)
+        np.savez(path, output=output, target=draws.integers(0, 10, 1000), reservation=reservation)
+    area = r"resnet20, after: 0\.\d+ \(by reservation\); float, before: 0\.\d+ \(by confidence\)\."
+    assert re.search(area, text_of(write_report(run, other)))
 
 
 def test_an_equal_architecture_lends_its_float_time_to_a_run_that_was_not_timed(write_run: Write) -> None:

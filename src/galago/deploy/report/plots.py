@@ -1,4 +1,4 @@
-"""Plots of what came out: accuracy against cost, times side by side, reliability. None where nothing is to be drawn."""
+"""Plots of what came out: accuracy against cost, times, reliability, error against coverage. None for nothing."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from galago.deploy.report.wording import (
     milliseconds,
     percent,
     reference,
+    significant,
 )
 
 _SHAPES = {"model": "circle", "onnx": "square", "openvino": "diamond"}
@@ -177,3 +178,32 @@ def reliability_diagram(answers: Predictions, whose: str, kind: str) -> Figure:
     return Figure(
         f"Reliability: {whose}", canvas.drawn(f"Reliability diagram of {whose}, ECE {percent(error, 2)}"), caption
     )
+
+
+def risk_coverage(shown: Sequence[tuple[str, Predictions]]) -> Figure:
+    """How often a network is wrong if it leaves out the images that it is least sure of; a curve for each."""
+    canvas, curves = Canvas(), {}
+    for whose, answers in shown:
+        risk = answers.risks()
+        kept = range(len(risk) - 1, 0, -max(1, len(risk) // _POINTS))
+        curves[whose] = [((i + 1) / len(risk), float(risk[i])) for i in kept if 50 * i >= len(risk)]
+    highest = max((error for points in curves.values() for _, error in points), default=0.0)
+    x, y = Scale(0, 1, LEFT, RIGHT), Scale(0, 1.05 * highest or 0.01, BOTTOM, TOP)
+    canvas.across(y, *accuracy_ticks(y))
+    for place, points in enumerate(curves.values()):
+        canvas.curve([(x(coverage), y(error)) for coverage, error in points], f"curve-{place}")
+    canvas.text(LEFT - 38, 14, "error", "title")
+    canvas.key([(f"swatch-{place}", whose) for place, whose in enumerate(curves)], y=14, x=LEFT + 6)
+    canvas.below(x, [0, 0.25, 0.5, 0.75, 1], lambda tick: percent(tick, 0), "coverage: images that are answered")
+    areas = "; ".join(f"{whose}: {_area(answers)}" for whose, answers in shown)
+    caption = (
+        f"Left out are the images of which a network is least sure. Lower is better. Area under the curve: {areas}."
+    )
+    return Figure(
+        "Error against coverage", canvas.drawn(f"Error against coverage; area under the curve: {areas}"), caption
+    )
+
+
+def _area(answers: Predictions) -> str:
+    ranked = "confidence" if answers.reservation is None else "reservation"
+    return f"{significant(float(answers.risks().mean()))} (by {ranked})"

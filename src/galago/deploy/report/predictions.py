@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from galago.errors import UserError
 from galago.probes.calibration import Bins, reliability
 from galago.probes.paired import paired_difference
+from galago.probes.selective import risks
 
 SECTIONS = ("model", "onnx", "openvino")  # the forms of a network, as in metrics.json
 BINS = 15
@@ -39,10 +40,17 @@ class Predictions(NamedTuple):
     correct: Values  # 1 where the answer was right
     surprise: Values  # −log of the true class's probability, in nats
     distance: Values  # squared distance from the truth, summed over classes
+    reservation: Values | None = None  # how far the network abstained, where it can
 
     def bins(self) -> Bins:
         """The reliability diagram."""
         return reliability(torch.from_numpy(self.confidence), torch.from_numpy(self.correct), BINS)
+
+    def risks(self) -> Values:
+        """The share of wrong answers among the i images it is most certain of, for every i."""
+        unsure = 1 - self.confidence if self.reservation is None else self.reservation
+        found: Values = risks(torch.from_numpy(unsure), torch.from_numpy(self.correct)).numpy()
+        return found
 
 
 class Interval(NamedTuple):
@@ -147,11 +155,12 @@ def _scores(table: _Table, counts: Values) -> Values:
     return sums / float(counts.sum())
 
 
-def _arrays(path: Path) -> tuple[NDArray[np.floating], NDArray[np.int64]]:
+def _arrays(path: Path) -> tuple[NDArray[np.floating], NDArray[np.int64], Values | None]:
     try:
         _check_sizes(path)
         with np.load(path, allow_pickle=False) as stored:
-            return np.asarray(stored["output"], np.float32), np.asarray(stored["target"], np.int64)
+            held = np.asarray(stored["reservation"], np.float64) if "reservation" in stored else None
+            return np.asarray(stored["output"], np.float32), np.asarray(stored["target"], np.int64), held
     except (OSError, ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile, NotImplementedError) as error:
         raise UserError(
             f"{path} is damaged or holds no `output` and `target`: {str(error).splitlines()[0]};"
@@ -162,7 +171,8 @@ def _arrays(path: Path) -> tuple[NDArray[np.floating], NDArray[np.int64]]:
 def _check_sizes(path: Path) -> None:
     """Refuses arrays that claim to be larger than what is stored, before memory is taken for them."""
     with zipfile.ZipFile(path) as archive:
-        for name in ("output.npy", "target.npy"):
+        held = {"reservation.npy"} & {*archive.namelist()}
+        for name in ("output.npy", "target.npy", *held):
             with archive.open(name) as member:
                 version = npy.read_magic(member)
                 read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
@@ -172,21 +182,32 @@ def _check_sizes(path: Path) -> None:
                 raise ValueError(f"{name} claims {claimed} bytes of {dtype}")
 
 
-def _judged(output: NDArray[np.floating], target: NDArray[np.int64], path: Path) -> Predictions | None:
+def _judged(
+    output: NDArray[np.floating], target: NDArray[np.int64], reservation: Values | None, path: Path
+) -> Predictions | None:
     if output.ndim != 2 or not np.isfinite(output).all():  # no class scores, or a network that diverged
         return None
     images, classes = output.shape
+    if reservation is not None:
+        classes -= 1  # the last output is the reservation
+        if reservation.shape != (images,) or not np.isfinite(reservation).all():
+            raise UserError(
+                f"{path}: `reservation` does not hold a number for each of the {images} outputs; measure it"
+            )
     if not images or target.shape != (images,) or target.min() < 0 or target.max() >= classes:
         raise UserError(f"{path}: `target` does not hold the class of each of the {images} outputs; measure again")
-    blocks = [_answers(output[i : i + _BLOCK], target[i : i + _BLOCK]) for i in range(0, images, _BLOCK)]
-    return Predictions(target, *(np.concatenate(values) for values in zip(*blocks, strict=True)))
+    blocks = [_answers(output[i : i + _BLOCK], target[i : i + _BLOCK], classes) for i in range(0, images, _BLOCK)]
+    answers = Predictions(target, *(np.concatenate(values) for values in zip(*blocks, strict=True)))
+    return answers._replace(reservation=reservation)
 
 
-def _answers(output: NDArray[np.floating], target: NDArray[np.int64]) -> tuple[Values, Values, Values, Values]:
-    """Confidence, correct, surprise and distance of some images, in float64."""
+def _answers(
+    output: NDArray[np.floating], target: NDArray[np.int64], classes: int
+) -> tuple[Values, Values, Values, Values]:
+    """Confidence, correct, surprise and distance of some images, in float64, of the outputs that are classes."""
     logarithm = output.astype(np.float64)
     logarithm -= logarithm.max(1, keepdims=True)
-    logarithm -= np.log(np.exp(logarithm).sum(1, keepdims=True))
+    logarithm = (logarithm - np.log(np.exp(logarithm).sum(1, keepdims=True)))[:, :classes]
     probability, each = np.exp(logarithm), np.arange(len(target))
     predicted = logarithm.argmax(1)  # the lowest index on ties
     truth = probability[each, target]

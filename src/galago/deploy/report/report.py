@@ -134,10 +134,12 @@ def _drawn(*figures: Figure | None) -> list[Figure]:
 def _reliability(record: Record, against: Record | None) -> list[Figure]:
     """Before and after with another run; without one, the trained model and what ships."""
     if against is not None and (before := answers(against)) is not None and (after := answers(record)) is not None:
-        first = plots.reliability_diagram(before, f"{reference(against)}, before", "theirs")
-        return [first, plots.reliability_diagram(after, f"{name_of(record)}, after", "ours")]
-    shown = list(record.predictions.items())[:2]
-    return [plots.reliability_diagram(found, FORMS[form], "ours") for form, found in shown]
+        shown = [(f"{reference(against)}, before", before, "theirs"), (f"{name_of(record)}, after", after, "ours")]
+    else:
+        shown = [(FORMS[form], found, "ours") for form, found in list(record.predictions.items())[:2]]
+    diagrams = [plots.reliability_diagram(found, whose, kind) for whose, found, kind in shown]
+    ours_first = sorted(shown, key=lambda one: one[2] == "theirs")
+    return diagrams + ([plots.risk_coverage([(whose, found) for whose, found, _ in ours_first])] if shown else [])
 
 
 def _scores(record: Record) -> list[tuple[str, list[str]]]:
