@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from torch import nn
 
 from conftest import ROOT
 from galago import recipe
@@ -20,6 +21,7 @@ from galago.models.resnet import resnet20
 from galago.models.tiny import Tiny
 from galago.probe import device_of
 from galago.run import Run
+from galago.spec import build
 
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 NAMES = [str(path.relative_to(ROOT)) for path in RECIPES]
@@ -86,12 +88,20 @@ def without_teachers(content: Any, folder: Path, normalize: Normalize) -> Any:
     if isinstance(content, dict) and content.get("class_path") == "galago.run.load":
         run = Run(folder / "teacher")
         run.folder.mkdir(exist_ok=True)
-        channels = normalize.mean.numel()
-        run.save_model(resnet20() if channels == 3 else Tiny(channels=channels, width=4), normalize)
+        run.save_model(untrained(content["init_args"]["run"], normalize.mean.numel()), normalize)
         return {"class_path": "galago.run.load", "init_args": {"run": str(run.folder)}}
     if isinstance(content, dict):
         return {key: without_teachers(value, folder, normalize) for key, value in content.items()}
     return [without_teachers(value, folder, normalize) for value in content] if isinstance(content, list) else content
+
+
+def untrained(run: str, channels: int) -> nn.Module:
+    """A network for these images; one that spikes where the run's own recipe has one."""
+    own = (ROOT / run.replace("runs/", "recipes/", 1)).with_suffix(".yaml")
+    model = yaml.safe_load(own.read_text())["model"] if own.exists() else {"class_path": ""}
+    if model["class_path"].startswith("galago.models.spiking."):
+        return build(model)
+    return resnet20() if channels == 3 else Tiny(channels=channels, width=4)
 
 
 def normalization_of(data: dict[str, Any]) -> Normalize:
