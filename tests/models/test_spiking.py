@@ -54,7 +54,7 @@ def accuracy(network: nn.Module, data: Digits) -> float:
 
 
 def test_parameters_are_as_the_page_says() -> None:
-    assert sum(parameter.numel() for parameter in spiking_net().parameters()) == 20_538
+    assert sum(parameter.numel() for parameter in spiking_net().parameters()) == 20_548
 
 
 def step_by_step(network: SpikingNet, image: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ def step_by_step(network: SpikingNet, image: Tensor) -> Tensor:
         x = image if network.encoding is None else network.encoding(image)[..., t]
         for block in network.blocks:
             x = block.pool(live(block.neurons, block.bn(block.conv(x))))
-        counts = counts + live(network.output, network.head(x.flatten(1)))
+        counts = counts + live(network.output, network.bn(network.head(x.flatten(1))))
         sums = sums + states[network.output][0]
     mean = sums / network.steps
     return network.scale / network.steps * (counts + 0.01 * mean / (1 + mean.abs()))

@@ -22,7 +22,7 @@ def spiking(steps: int = 8) -> SpikingNet:
     torch.manual_seed(3)
     network = SpikingNet(3, 3, 8, (4, 5), steps).eval()
     with torch.no_grad():
-        network.head.weight.mul_(5)  # so that output neurons fire before anything is learned
+        network.bn.weight.mul_(8)  # so that output neurons fire before anything is learned
     return network
 
 
@@ -58,6 +58,21 @@ def test_half_and_a_quarter_of_the_steps_are_measured_unless_others_are_named() 
     assert measured(spiking(), Spikes()).keys() == names | {"accuracy_after_2_steps", "accuracy_after_4_steps"}
     assert measured(spiking(), Spikes(steps=[])).keys() == names
     assert measured(spiking(1), Spikes()).keys() == names
+
+
+def test_no_more_images_are_measured_than_asked_for() -> None:
+    network, data = spiking(), TinyImages()
+    image = torch.cat([batch.input for batch in data.test()])[:11]
+    with torch.no_grad(), tap(network, "output") as spikes:
+        scores = network(data.normalize(image))
+    assert spikes.value.sum() > 0
+    found = measured(network, Spikes(steps=[8], images=11), data)
+    target = torch.cat([batch.target for batch in data.test()])[:11]
+    assert found["accuracy_after_8_steps"] == pytest.approx(
+        float((scores.argmax(1) == target.argmax(1)).float().mean())
+    )
+    with pytest.raises(UserError, match="images is 0"):
+        Spikes(images=0)
 
 
 def test_a_network_that_does_not_spike_has_no_such_numbers() -> None:

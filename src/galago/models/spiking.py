@@ -1,24 +1,27 @@
 """A spiking network for small images: convolutions between neurons that fire, read out by counting spikes.
 
 The neurons are those of `galago.models.lif`, the network is ours: for each width a 3×3 convolution, BatchNorm, LIF
-neurons and 2×2 average pooling; then a linear layer and one output neuron a class. The image is shown for `steps`
-time steps, and the class whose neuron fires most often wins.
+neurons and 2×2 average pooling; then a linear layer, BatchNorm and one output neuron a class. The image is shown for
+`steps` time steps, and the class whose neuron fires most often wins.
 
     constant current (the default): the image itself, in every step, is what the first convolution reads
     rate coding: S[t] = 1[x > r[t]], so that a pixel of brightness x in [0, 1] fires in a share x of the steps
 
 When to use it: as teacher, intermediate and student of `galago.distill.spikes`, and to see what spikes cost
-(`galago.probes.spikes`). A network of widths 16, 32 has 20,538 parameters on 28×28 pixels; a training step takes some
-ten times as long as that of an ordinary network of this size, as 16 steps are 16 images to all layers but the first.
+(`galago.probes.spikes`). A network of widths 16, 32 has 20,548 parameters on 28×28 pixels. It is slow to train: 16
+steps are 16 images to all layers but the first, and the neurons' own arithmetic takes longer than the convolutions.
+`Quantize` makes its layers integer and leaves the neurons float; begin it with a trained network.
 
 Recipe: recipes/distill/spikes_teacher_mnist.yaml.
 
 Design choices: BatchNorm is shared over the time steps, in its statistics as in its parameters, so it folds into the
-convolution as in any network. With constant current the first convolution runs once, as it gives the same in each step.
-Rate coding wants pixels in [0, 1] (data with `mean: [0.0]` and `std: [1.0]`). Its numbers r are drawn once, the same
-in every network of this size and number of steps, of fewer steps the first of them: two networks see the same spikes,
-and a file is as good as the model. They are (m + 1/2) / 255, m evenly drawn from 0 … 254: exactly right for 8-bit
-images, none of whose values any engine can find on the other side. All neurons of a network are alike.
+layer as in any network. Without one in front of the output, neurons of classes fall silent within a few steps of
+training, too far below the threshold for the surrogate gradient to wake them. With constant current the first
+convolution runs once, as it gives the same in each step. Rate coding wants pixels in [0, 1] (data with `mean: [0.0]`
+and `std: [1.0]`). Its numbers r are drawn once, the same in every network of this size and number of steps, of fewer
+steps the first of them: two networks see the same spikes, and a file is as good as the model. They are (m + 1/2) / 255,
+m evenly drawn from 0 … 254: exactly right for 8-bit images, none of whose values any engine can find on the other side.
+All neurons of a network are alike.
 """
 
 from __future__ import annotations
@@ -121,7 +124,8 @@ class SpikingNet(nn.Module):
         self.encoding = RateCode(channels, size, steps) if rate_coded else None
         pairs = zip([channels, *widths], widths, strict=False)
         self.blocks = nn.Sequential(*(SpikingBlock(*pair, steps, LIF(leak, threshold, slope)) for pair in pairs))
-        self.head = nn.Linear(widths[-1] * left**2, classes)
+        self.head = nn.Linear(widths[-1] * left**2, classes, bias=False)
+        self.bn = nn.BatchNorm1d(classes)
         self.output = LIF(leak, threshold, slope)
         self.readout = SpikeCount(scale)
 
@@ -132,7 +136,7 @@ class SpikingNet(nn.Module):
                 f" {'×'.join(map(str, image.shape[1:]))}; set its channels and size"
             )
         shown = image.unsqueeze(-1) if self.encoding is None else self.encoding(image)
-        current = at_each_step(lambda features: self.head(features.flatten(1)), self.blocks(shown))
+        current = at_each_step(lambda features: self.bn(self.head(features.flatten(1))), self.blocks(shown))
         spikes = self.output(current)
         scores: Tensor = self.readout(spikes, membranes(current.detach(), spikes.detach(), self.leak))
         return scores

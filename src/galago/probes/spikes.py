@@ -7,7 +7,7 @@ makes of the first steps, so one pass tells all.
     spikes_per_image = (1/N) Σ_images Σ_neurons Σ_t S        firing_rate = spikes_per_image / (neurons · N_t)
 
 When to use it: on networks of `galago.models.spiking`, to see whether fewer steps would do and whether neurons are dead
-(a rate near 0) or of no use (near 1). It costs one pass over the test images. A network that does not spike has no such
+(a rate near 0) or of no use (near 1). It costs one pass over some images. A network that does not spike has no such
 numbers, nor has a file, whose spikes cannot be seen: measure the network.
 
 Recipe: recipes/distill/spikes_teacher_mnist.yaml.
@@ -75,28 +75,38 @@ class Spikes(Probe):
 
     Args:
         steps: after how many time steps; none for a half and a quarter of the network's.
+        images: how many test images are measured.
     """
 
-    def __init__(self, steps: Sequence[int] | None = None) -> None:
+    def __init__(self, steps: Sequence[int] | None = None, images: int = 1000) -> None:
         if steps is not None and min(steps, default=1) < 1:
             raise UserError(f"Spikes: steps names {min(steps)}; give numbers of time steps, 1 or more")
-        self.steps = steps
+        if images < 1:
+            raise UserError(f"Spikes: images is {images}; give 1 or more")
+        self.steps, self.images = steps, images
 
     def __call__(self, deployed: nn.Module, task: Task, data: Data) -> dict[str, float]:
         if not any(isinstance(module, LIF) for module in deployed.modules()):
             return {}
-        record, device, targets = Record(self.steps), device_of(deployed), []
+        record = Record(self.steps)
         with recording(deployed, record), evaluating(deployed), torch.inference_mode():
-            for batch in data.test():
-                deployed(batch.input.to(device))
-                targets.append(batch.target)
-        target = torch.cat(targets)
+            target = self._shown(deployed, data)
         fired, possible = (sum(column) for column in zip(*record.spikes.values(), strict=True))
         numbers = {"spikes_per_image": fired / len(target), "firing_rate": fired / possible}
         for steps, scores in record.early.items():
             found = TaskMetrics().score(Outputs(torch.cat(scores), target), task)
             numbers |= {f"{name}_after_{steps}_steps": value for name, value in found.items()}
         return numbers
+
+    def _shown(self, deployed: nn.Module, data: Data) -> Tensor:
+        """Runs the first test images; their targets."""
+        device, targets, left = device_of(deployed), [], self.images
+        for batch in data.test():
+            deployed(batch.input[:left].to(device))
+            targets.append(batch.target[:left])
+            if (left := left - len(targets[-1])) <= 0:
+                break
+        return torch.cat(targets)
 
 
 @contextmanager
