@@ -32,14 +32,14 @@ BASES = {
     "datasets": {"augmentation", "balance", "download", "image_files", "images", "listing", "loading", "source"},
     "distill": {"adjust", "branches", "distill", "divergence", "ensemble", "joint_training", "junctions", "lesson"}
     | {"sizes", "taps", "teacher", "trials", "widen"},
-    "models": {"weights"},
+    "models": {"lif", "weights"},
     "quantize": {"blocks", "calibration", "columns", "fold", "graph", "inventory", "layer", "learned_step", "patterns"}
     | {"placement", "plan", "quantizer", "ranges", "reconstruction", "rest", "rounding", "settle", "soft_rounding"}
     | {"moments", "units", "budget", "sensitivity"},
     "tasks": {"classify"},
 }
-# The promise of every quantizer: what is quantized can be recognized anywhere.
-PROMISE = {"quantize.quantizer", "quantize.gradient_quantizer", "quantize.layer", "quantize.fold"}
+# The promise of every quantizer and of every neuron: what is quantized, and what spikes, can be recognized anywhere.
+PROMISE = {"quantize.quantizer", "quantize.gradient_quantizer", "quantize.layer", "quantize.fold", "models.lif"}
 # These put ideas to use; they are no ideas, and no idea imports them.
 COMMANDS = {"cli", "commands", "measure", "ship"}
 # The user's own names, passed on as they are: losses of a step, attributes of an ONNX node.

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from torch import nn
 
 from conftest import ROOT
 from galago import recipe
@@ -96,12 +97,20 @@ def without_teachers(content: Any, folder: Path, normalize: Normalize, classes: 
     if content.get("class_path") == "galago.run.load":
         run = Run(folder / "teacher")
         run.folder.mkdir(exist_ok=True)
-        channels = normalize.mean.numel()
-        run.save_model(resnet20(classes) if channels == 3 else Tiny(classes, channels, width=4), normalize)
+        run.save_model(untrained(content["init_args"]["run"], classes, normalize.mean.numel()), normalize)
         return {"class_path": "galago.run.load", "init_args": {"run": str(run.folder)}}
     if content.get("class_path") == "galago.distill.stored.StoredScores":
         content["init_args"]["file"] = str(folder / "scores.npy")
     return {key: without_teachers(value, folder, normalize, classes) for key, value in content.items()}
+
+
+def untrained(run: str, classes: int, channels: int) -> nn.Module:
+    """A network for these images; one that spikes where the run's own recipe has one."""
+    own = (ROOT / run.replace("runs/", "recipes/", 1)).with_suffix(".yaml")
+    model = yaml.safe_load(own.read_text())["model"] if own.exists() else {"class_path": ""}
+    if model["class_path"].startswith("galago.models.spiking."):
+        return build(model)
+    return resnet20(classes) if channels == 3 else Tiny(classes, channels, width=4)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=NAMES)
