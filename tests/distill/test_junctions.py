@@ -68,7 +68,7 @@ class Odd(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = self.written(x)
-        x = self.twice(self.twice(x.view(1, 4, 32, 32)))
+        x = self.twice(self.twice(x.view(-1, 4, 32, 32)))
         self.idle(x)
         return self.told(x), self.tokens(self.mixed(x).flatten(2).transpose(1, 2))
 
@@ -77,12 +77,32 @@ def test_what_cannot_grow_has_its_reason() -> None:
     places, reasons = junctions(Odd(), IMAGE, 2)
     assert places == []
     assert reasons == {
-        "written": "a width is written into the network's code",
+        "written": "the network does not run with more channels here",
         "twice": "it runs 2 times in one pass",
         "told": "the network gives out its result",
         "idle": "0 operations read its result",
         "mixed": "`transpose` in the network itself reads its result",
     }
+
+
+class TwoHeads(nn.Module):
+    """A second head, which runs in training alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.further = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 5, 3, padding=1)
+        self.head, self.second = nn.Linear(5, 2), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        inner = self.conv(x).relu()
+        output = {"main": self.head(self.further(inner).mean((2, 3)))}
+        return output | {"second": self.second(inner)} if self.training else output
+
+
+def test_a_layer_that_feeds_another_in_training_alone_cannot_grow() -> None:
+    places, reasons = junctions(TwoHeads(), IMAGE, 2)
+    assert [place.layer for place in places] == ["further"]
+    assert reasons == {"conv": "the network does not run with more channels here"}
 
 
 def test_what_is_compared_keeps_its_shape() -> None:

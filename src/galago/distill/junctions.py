@@ -165,13 +165,20 @@ def _obstacle(model: nn.Module, place: Junction, image: Tensor, channels: int, c
         before, shapes = network(image), {path: seen.value.shape for path, seen in taps.items()}
         widen(network, place, filters)
         try:
-            after = network(image)
+            after, reached = network(image), {path: seen.value.shape for path, seen in taps.items()}
+            _train_once(network, image)
         except (RuntimeError, ValueError, IndexError, AssertionError):
-            return "a width is written into the network's code"
-        for path in compared:
-            if taps[path].value.shape != shapes[path]:
-                return f"{path}, which a lesson compares, would have other channels"
+            return "the network does not run with more channels here"
+    for path in compared:
+        if reached[path] != shapes[path]:
+            return f"{path}, which a lesson compares, would have other channels"
     return "" if _close(before, after) else "more channels here would change what the network says"
+
+
+def _train_once(network: nn.Module, image: Tensor) -> None:
+    """A pass in training mode, in which parts may run that do not run otherwise; draws no random numbers."""
+    with torch.random.fork_rng([image.device] if image.device.type == "cuda" else []):
+        network.train()(torch.cat([image, image]))
 
 
 def _close(before: Any, after: Any) -> bool:
