@@ -53,7 +53,7 @@ GIVEN: dict[str, Callable[[], Method]] = {
     "MixedPrecision": lambda: MixedPrecision(mean_weight_bits=6, widths=(4, 8), edges=True),
     "MutualLearning": lambda: MutualLearning([tiny_network()]),
     "NativeEnsemble": lambda: NativeEnsemble("down"),
-    "Planting": lambda: Planting(Distill(tiny_network(), [Correlation()]), first=0, trial=2, layers=["down.0"]),
+    "Planting": lambda: Planting(Distill(tiny_network(), [Correlation()])),
     "Occlude": lambda: Occlude(LowerHalf()),
     "Quantize": lambda: Quantize(LSQWeight(4), EWGS(4), stream=MinMax(8)),
     "QuantizeGradient": lambda: QuantizeGradient(AdaptiveInterval(4, alpha=0.3)),
@@ -76,11 +76,10 @@ BEFORE = {
 FIRST = {"Equalize", "Smooth"}  # which change the float network
 LAST = {"FreezeOscillations", "Planting", "SignFlips"}  # which have to know all layers
 METHODS = {idea.name: idea.class_path for idea in ideas() if idea.kind == "method"}
-# A growing network: not with those that keep a number for each weight or feature, as its page says. A branched one: by
+# A growing network: not with those that keep a number for each weight, as its page says. A branched one: by
 # one method only.
 APART = [
     {"FeatureFusion", "NativeEnsemble"},
-    {"Planting", "Distill"},
     {"Planting", "FreezeOscillations"},
     {"Planting", "SignFlips"},
 ]
