@@ -60,6 +60,7 @@ BEFORE = {
     "StatAssist": "Quantize",
 }
 FIRST = {"Equalize", "Smooth"}  # which change the float network
+LAST = {"NoiseInjection", "ParametricNoise"}  # which add noise in front of the quantizers that they find
 METHODS = {idea.name: idea.class_path for idea in ideas() if idea.kind == "method"}
 PAIRS = sorted(permutations(METHODS, 2))
 
@@ -90,7 +91,7 @@ def sample() -> list[tuple[str, str]]:
 
 
 def trial(*names: str) -> Trial:
-    ordered = sorted(names, key=lambda name: name not in FIRST)
+    ordered = sorted(names, key=lambda name: (name in LAST) - (name in FIRST))
     wanted = [name for one in ordered for name in (BEFORE.get(one), one) if name is not None]
     return Trial(tiny_network, classify(), TinyImages(), lambda: [make(name) for name in dict.fromkeys(wanted)])
 

@@ -30,7 +30,7 @@ FOLDERS = {"augment", "blocks", "datasets", "deploy", "distill", "models", "prob
 BASES = {
     "augment": {"mixing"},
     "datasets": {"augmentation", "download", "image_files", "images", "listing", "loading", "source"},
-    "distill": {"distill", "lesson", "sizes", "taps", "teacher"},
+    "distill": {"distill", "lesson", "sizes", "taps", "teacher", "wrapping"},
     "models": {"weights"},
     "quantize": {"blocks", "calibration", "columns", "fold", "graph", "inventory", "layer", "learned_step", "patterns"}
     | {"placement", "plan", "quantizer", "ranges", "reconstruction", "rest", "rounding", "settle", "soft_rounding"}
