@@ -75,6 +75,7 @@ BEFORE = {
 }
 FIRST = {"Equalize", "Smooth"}  # which change the float network
 LAST = {"FreezeOscillations", "Planting", "SignFlips"}  # which have to know all layers
+LAST |= {"NoiseInjection", "ParametricNoise"}  # which add noise in front of the quantizers that they find
 METHODS = {idea.name: idea.class_path for idea in ideas() if idea.kind == "method"}
 # A growing network: not with those that keep a number for each weight, as its page says. A branched one: by
 # one method only.

@@ -31,7 +31,7 @@ BASES = {
     "augment": {"mixing"},
     "datasets": {"augmentation", "balance", "download", "image_files", "images", "listing", "loading", "source"},
     "distill": {"adjust", "branches", "distill", "divergence", "ensemble", "joint_training", "junctions", "lesson"}
-    | {"sizes", "taps", "teacher", "trials", "widen"},
+    | {"sizes", "taps", "teacher", "trials", "widen", "wrapping"},
     "models": {"lif", "weights"},
     "quantize": {"blocks", "calibration", "columns", "fold", "graph", "inventory", "layer", "learned_step", "patterns"}
     | {"placement", "plan", "quantizer", "ranges", "reconstruction", "rest", "rounding", "settle", "soft_rounding"}

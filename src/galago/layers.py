@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import torch
@@ -85,6 +86,20 @@ def innermost(module: nn.Module) -> Any:
     while isinstance(module, Wrapper):
         module = module.layer
     return module
+
+
+def must_match(pattern: str, modules: dict[str, nn.Module]) -> None:
+    """Sees to it that a pattern means something.
+
+    Raises:
+        UserError: it matches no module's path or type; near names are suggested.
+    """
+    names = [name for path, module in modules.items() for name in (path, type(module).__name__) if name]
+    if any(fnmatchcase(name, pattern) for name in names):
+        return
+    near = difflib.get_close_matches(pattern, dict.fromkeys(names), n=3, cutoff=0.4)
+    hint = f"; did you mean {', '.join(near)}?" if near else "; `galago check` lists them"
+    raise UserError(f"{pattern!r} matches no layer's path or type in {type(modules['']).__name__}{hint}")
 
 
 def swap(model: nn.Module, path: str, new: nn.Module) -> nn.Module:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from galago.batch import Batch
 from galago.data import Data, Loader
 from galago.task import Task
 
@@ -88,6 +89,24 @@ def collect(deployed: nn.Module, batches: Loader) -> Outputs:
             outputs.append(deployed(batch.input.to(device)).float().cpu())
             targets.append(batch.target.cpu())
     return Outputs(torch.cat(outputs).clone(), torch.cat(targets).clone())
+
+
+def spread(loader: Loader, images: int) -> list[Batch]:
+    """So many images, evenly from the first to the last, in batches; all where there are no more.
+
+    Args:
+        loader: batches of equal size, the last may be smaller.
+        images: how many.
+    """
+    chosen, position, total = [], 0, 0
+    for batch in loader:
+        total = total or len(batch.input) * len(loader)
+        places = torch.arange(position, position + len(batch.input))
+        kept = (places * images) % total < images
+        position += len(batch.input)
+        if kept.any():
+            chosen.append(Batch(batch.input[kept], batch.target[kept]))
+    return chosen
 
 
 @contextmanager

@@ -37,3 +37,9 @@ class Task(nn.Module, ABC):
     def reservation(self, output: Any) -> Tensor | None:
         """How far each answer is kept back, N numbers in [0, 1]; None where a task always answers, the default."""
         return None
+
+
+def scores_of(output: Any) -> Tensor:
+    """The class scores N×K, of an output that may be a dict with auxiliary heads."""
+    scores: Tensor = output["main"] if isinstance(output, dict) else output
+    return scores

@@ -23,6 +23,7 @@ from galago.quantize.quantize import Quantize
 from galago.recipe import parts_of
 from galago.run import Run
 from galago.spec import build, describe
+from galago.tasks.classify import Classify
 from galago.testing import check_method, tiny_network
 from galago.trainer import Learner, finish, prepare
 
@@ -91,13 +92,13 @@ def test_clips_are_hidden_frame_by_frame() -> None:
 def trained_on(data: Occluded, *methods: Method) -> Batch:
     """The first batch as the model sees it in training."""
     learner = Learner(nn.Flatten(), classify(), [*methods, keep := Keep()], data.normalize)
-    learner.task = NoTask()
+    learner.task = NoTask(10)
     prepare(learner, data, None)
     learner(next(iter(data.train())))
     return keep.batch
 
 
-class NoTask(nn.Module):
+class NoTask(Classify):
     """Judges nothing."""
 
     def losses(self, output: Tensor, batch: Batch) -> dict[str, Tensor]:

@@ -182,3 +182,19 @@ def test_the_published_quantizers_run_as_integers_in_both_engines(weight: Maker,
     whole = exported(network, tmp_path, 12)
     agrees(whole, 12)
     assert sum(made.kind == "QLinearConv" for made in OnnxRuntime(whole.onnx).operations()) == 2
+
+
+def test_random_sources_without_a_seed_are_two_and_normal(tmp_path: Path) -> None:
+    class Noises(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            still = 0 * x
+            return torch.stack([torch.randn_like(still + one) for one in (0, 1)], 1).flatten(1)
+
+    image = images(2)
+    openvino.export(deployed(Noises()), image, tmp_path / "noise.xml")
+    artifact = OpenVINO(tmp_path / "noise.xml")
+    found = torch.stack([artifact(images(64)) for _ in range(2)]).unflatten(2, (2, -1))
+    assert abs(found.mean()) < 0.02
+    assert abs(found.std() - 1) < 0.02
+    for one, other in ((found[0], found[1]), (found[:, :, 0], found[:, :, 1])):
+        assert abs((one * other).mean()) < 0.03

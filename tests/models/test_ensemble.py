@@ -9,16 +9,20 @@ from torch import nn
 from galago.data import Normalize
 from galago.distill.teacher import require_same_normalization
 from galago.errors import UserError
-from galago.models.ensemble import Ensemble, mean_of_probabilities
+from galago.models.ensemble import Ensemble
 from galago.spec import build, describe
 from galago.testing import tiny_network
 
 
 def test_the_answer_is_the_mean_of_probabilities_also_where_one_member_is_very_sure() -> None:
+    members = [nn.Linear(3, 3) for _ in range(2)]
     scores = [torch.tensor([[500.0, 0.0, -3.0]]), torch.tensor([[0.0, 1.0, 2.0]])]
-    expected = sum(z.double().softmax(1) for z in scores) / 2
-    torch.testing.assert_close(mean_of_probabilities(scores).exp().double(), expected)
-    assert mean_of_probabilities(scores).isfinite().all()
+    for member, said in zip(members, scores, strict=True):
+        nn.init.zeros_(member.weight)
+        member.bias.data = said[0]
+    answer = Ensemble(members)(torch.zeros(1, 3))
+    torch.testing.assert_close(answer.exp().double(), sum(z.double().softmax(1) for z in scores) / 2)
+    assert answer.isfinite().all()
 
 
 def test_one_member_alone_decides_as_by_itself() -> None:

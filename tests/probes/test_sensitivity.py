@@ -17,8 +17,8 @@ from galago.laws.trial import TinyImages, classify, tiny_network
 from galago.layers import swap
 from galago.measure import measure_run
 from galago.models.tiny import Tiny
-from galago.probe import Deployed, Probe
-from galago.probes.sensitivity import Sensitivity, are_probabilities, decibels, divergence, spread
+from galago.probe import Deployed, Probe, spread
+from galago.probes.sensitivity import Sensitivity, are_probabilities, decibels, divergence
 from galago.quantize.layer import QuantLayer, QuantOutput
 from galago.quantize.lsq import LSQ, LSQWeight
 from galago.quantize.min_max import MinMax, MinMaxWeight

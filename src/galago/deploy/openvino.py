@@ -14,11 +14,15 @@ concatenation before it (3 % of the next layer's codes came out one step off); a
 Where a convolution makes tokens (patches in ConvNeXt, DeiT, PiT) its bias was moved into the quantizer behind it, and
 every channel got that of the first one (75 % of DeiT's codes wrong); that depended on what else was in the graph. A
 pooling over one pixel between the two keeps the bias where it is.
+Random sources without a seed are taken for one and the same, and a normal one draws both of its uniform numbers from
+one, so that noise came out 1.06 as large as asked, with a mean of 0.06, the same in every layer. With a seed each is
+its own; the sequence of draws then begins anew whenever the file is loaded.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -71,7 +75,7 @@ def export(deployed: Deployed, example: Tensor, path: Path, float_image: bool = 
 
 def write(model: onnx.ModelProto, path: Path) -> list[Path]:
     """Writes the OpenVINO files of a model with plain int8 weights, as `galago.deploy.onnx.build` makes it."""
-    model = thin_codes(keep_scales(keep_roundings(keep_biases(model))))
+    model = own_seeds(thin_codes(keep_scales(keep_roundings(keep_biases(model)))))
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with TemporaryDirectory() as folder:
@@ -94,6 +98,18 @@ def rewritten(model: onnx.ModelProto, before: Callable[[onnx.NodeProto], list[on
     del model.graph.node[:]
     model.graph.node.extend(changed)
     return model
+
+
+def own_seeds(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy in which every random source has a seed of its own."""
+    seeds = itertools.count(1.0)
+
+    def seed(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+        if node.op_type.startswith("Random"):
+            node.attribute.append(onnx.helper.make_attribute("seed", next(seeds)))
+        return []
+
+    return rewritten(model, seed)
 
 
 def makers_of(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:

@@ -45,7 +45,7 @@ from galago.probe import Deployed, Outputs, TaskMetrics
 from galago.quantize.layer import QuantLayer
 from galago.recipe import Parts, parts_of
 from galago.run import Run, load, normalization_of, write_json
-from galago.task import Task
+from galago.task import Task, scores_of
 
 EQUAL, WITHIN_ONE = 0.99, 0.9999  # shares of a layer's codes
 AGREEMENT, ENGINE = 0.999, 0.995  # shares of equal decisions: with the trained model; of an engine
@@ -150,6 +150,7 @@ def verify_run(
 
 def compare(trained: Deployed, artifacts: dict[str, Path], parts: Parts, images: int) -> dict[str, Any]:
     """The verdict on the integer module and on each file, as plain data."""
+    require_one_answer(trained, parts.data.example())
     normalized = trained.normalize(parts.data.example())
     integer = Deployed(lower(trained.network, normalized), trained.normalize, parts.task).eval().double()
     trained = in_float64(trained)
@@ -170,6 +171,21 @@ def compare(trained: Deployed, artifacts: dict[str, Path], parts: Parts, images:
     bounds = {name: AGREEMENT if name == "integer" else ENGINE for name in counts}
     verdicts = {name: count.verdict(order, bounds[name]) for name, count in counts.items()}
     return {"passed": all(verdict["passed"] for verdict in verdicts.values()), "images": seen, **verdicts}
+
+
+@torch.no_grad()
+def require_one_answer(trained: Deployed, image: Tensor) -> None:
+    """Sees to it that there is something to compare.
+
+    Raises:
+        UserError: the network answers otherwise when it is asked again.
+    """
+    first, second = (scores_of(trained(image)) for _ in range(2))
+    if not torch.allclose(first, second, rtol=0, atol=0, equal_nan=True):
+        raise UserError(
+            "the network draws random numbers when it predicts and gives another answer each time, so that no file can"
+            " be compared with it; ship it without its noise (`draws: 0`) to verify it"
+        )
 
 
 def as_it_runs(artifact: runtime.Artifact) -> Look:

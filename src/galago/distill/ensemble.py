@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from galago.distill.branches import Parallel, apart
-from galago.distill.teacher import main
 from galago.layers import Wrapper, find
+from galago.task import scores_of
 
 
 class Passed(NamedTuple):
@@ -122,7 +122,7 @@ class Ensemble(Wrapper):
         return heads
 
     def _heard(self, x: Tensor, output: Any) -> Heads:
-        branches = each_branch([main(output), *(main(peer(x)) for peer in self.peers)], self.count)
+        branches = each_branch([scores_of(output), *(scores_of(peer(x)) for peer in self.peers)], self.count)
         return Heads(branches, self.joint(branches, self._look()))
 
     def _look(self) -> list[Passed]:

@@ -59,7 +59,6 @@ from galago.distill.joint_training import (
 from galago.distill.lesson import at
 from galago.distill.sizes import to_one_size
 from galago.distill.taps import stages
-from galago.distill.teacher import main
 from galago.errors import UserError
 from galago.layers import tap
 from galago.method import Forward, Method
@@ -67,6 +66,7 @@ from galago.probe import device_of, evaluating
 from galago.quantize.quantizer import OwnRates
 from galago.schedule import RampUp, Schedule
 from galago.spec import describe
+from galago.task import scores_of
 
 
 def mutual_divergences(branches: Sequence[Tensor], fused: Tensor, temperature: float) -> dict[str, Tensor]:
@@ -254,7 +254,7 @@ def look(network: nn.Module, path: str, images: Tensor) -> tuple[int, int]:
         UserError: there is no such layer, or it gives no map N×C×H×W.
     """
     with evaluating(network), torch.no_grad(), tap(network, path) as feature:
-        answer = main(network(images))
+        answer = scores_of(network(images))
     if not isinstance(feature.value, Tensor) or feature.value.ndim != 4:
         raise UserError(f"FeatureFusion: features: {path!r} gives no feature map N×C×H×W; name a layer that does")
     return feature.value.shape[1], answer.shape[1]

@@ -12,6 +12,7 @@ from torch.utils.benchmark import Timer
 from galago.batch import Batch
 from galago.data import Normalize
 from galago.errors import UserError
+from galago.task import scores_of
 
 TIMED = 8  # images at a time
 
@@ -33,14 +34,8 @@ def answers(teacher: nn.Module, batch: Batch) -> Tensor:
 
 def scores(output: Any) -> Tensor:
     """The class scores N×K, in float32 at least, of an output that may be a dict with auxiliary heads."""
-    found = main(output)
+    found = scores_of(output)
     return found.to(torch.promote_types(found.dtype, torch.float32))
-
-
-def main(output: Any) -> Tensor:
-    """The class scores as they are."""
-    found: Tensor = output["main"] if isinstance(output, dict) else output
-    return found
 
 
 def require_teachable(student: Tensor, teacher: Tensor) -> None:

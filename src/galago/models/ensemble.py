@@ -20,24 +20,13 @@ Recipe: recipes/distill/ensemble_resnet20_cifar10.yaml.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from galago.draws import log_mean_probability
 from galago.errors import UserError
-
-
-def mean_of_probabilities(scores: Sequence[Tensor]) -> Tensor:
-    """`log (1/M) Σ softmax(z_m)`, N×K.
-
-    >>> zero, sure = torch.tensor([[0.0, 0.0]]), torch.tensor([[100.0, 0.0]])
-    >>> mean_of_probabilities([zero, sure]).exp()
-    tensor([[0.7500, 0.2500]])
-    """
-    log_probabilities = torch.stack([z.log_softmax(1) for z in scores])
-    return log_probabilities.logsumexp(0) - math.log(len(scores))
 
 
 class Ensemble(nn.Module):
@@ -58,4 +47,4 @@ class Ensemble(nn.Module):
         scores = [member(image) for member in self.members]
         if len(sizes := {said.shape[1] for said in scores}) > 1:
             raise UserError(f"Ensemble: its members tell {sorted(sizes)} classes apart; they must know the same ones")
-        return mean_of_probabilities(scores)
+        return log_mean_probability(torch.stack(scores))

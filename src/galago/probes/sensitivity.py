@@ -34,9 +34,9 @@ from torch import Tensor, nn
 
 from galago.batch import Batch
 from galago.console import watched
-from galago.data import Data, Loader
+from galago.data import Data
 from galago.errors import UserError
-from galago.probe import Deployed, Outputs, Probe, TaskMetrics, collect, device_of
+from galago.probe import Deployed, Outputs, Probe, TaskMetrics, collect, device_of, spread
 from galago.quantize.layer import QuantLayer, QuantOutput
 from galago.task import Task
 
@@ -71,24 +71,6 @@ def are_probabilities(decoded: Any) -> bool:
         return False
     sums = decoded.double().sum(1)
     return bool((decoded >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-4)
-
-
-def spread(loader: Loader, images: int) -> list[Batch]:
-    """So many images, evenly from the first to the last, in batches; all where there are no more.
-
-    Args:
-        loader: batches of equal size, the last may be smaller.
-        images: how many.
-    """
-    chosen, position, total = [], 0, 0
-    for batch in loader:
-        total = total or len(batch.input) * len(loader)
-        places = torch.arange(position, position + len(batch.input))
-        kept = (places * images) % total < images
-        position += len(batch.input)
-        if kept.any():
-            chosen.append(Batch(batch.input[kept], batch.target[kept]))
-    return chosen
 
 
 class Sensitivity(Probe):

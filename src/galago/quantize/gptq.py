@@ -38,13 +38,13 @@ from torch import Tensor, nn
 from galago.console import watched
 from galago.data import Data
 from galago.errors import UserError
-from galago.layers import removing
+from galago.layers import must_match, removing
 from galago.method import Method
 from galago.probe import device_of, evaluating
 from galago.quantize.calibration import first_inputs, undisturbed
 from galago.quantize.columns import as_weight, rows_and_columns, unfolding
 from galago.quantize.layer import QuantLayer
-from galago.quantize.patterns import matches, must_match
+from galago.quantize.patterns import matches
 from galago.quantize.quantizer import along
 from galago.quantize.rounding import weight_quantized, weight_quantizer_of, write_codes
 

@@ -41,13 +41,14 @@ from torch import Tensor, nn
 from galago.console import watched
 from galago.data import Data
 from galago.errors import UserError
+from galago.layers import must_match
 from galago.method import Method
 from galago.probe import device_of, evaluating, shared
 from galago.quantize.budget import cheapest
 from galago.quantize.calibration import first_inputs, normalized, undisturbed
 from galago.quantize.graph import look
 from galago.quantize.layer import QuantLayer
-from galago.quantize.patterns import edge_layers, matches, must_match
+from galago.quantize.patterns import edge_layers, matches
 from galago.quantize.plan import initialize
 from galago.quantize.quantizer import Quantizer
 from galago.quantize.rest import Restable, rest, wake

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from fnmatch import fnmatchcase
 
 from torch import nn
 
-from galago.errors import UserError
 from galago.quantize.graph import Graph
 
 
@@ -16,20 +14,6 @@ def matches(pattern: str, path: str, modules: dict[str, nn.Module]) -> bool:
     parts = path.split(".")
     around = [".".join(parts[: end + 1]) for end in range(len(parts))]
     return any(fnmatchcase(p, pattern) or fnmatchcase(type(modules[p]).__name__, pattern) for p in around)
-
-
-def must_match(pattern: str, modules: dict[str, nn.Module]) -> None:
-    """Sees to it that a pattern means something.
-
-    Raises:
-        UserError: it matches no module's path or type; near names are suggested.
-    """
-    names = [name for path, module in modules.items() for name in (path, type(module).__name__) if name]
-    if any(fnmatchcase(name, pattern) for name in names):
-        return
-    near = difflib.get_close_matches(pattern, dict.fromkeys(names), n=3, cutoff=0.4)
-    hint = f"; did you mean {', '.join(near)}?" if near else "; `galago check` lists them"
-    raise UserError(f"{pattern!r} matches no layer's path or type in {type(modules['']).__name__}{hint}")
 
 
 def edge_layers(graph: Graph, layers: dict[str, nn.Module]) -> set[str]:

@@ -32,13 +32,14 @@ from torch import Tensor, nn
 
 from galago.data import Data
 from galago.errors import UserError
+from galago.layers import must_match
 from galago.method import Method
 from galago.probe import device_of
 from galago.quantize.calibration import first_inputs, normalized
 from galago.quantize.graph import LAYERS, Graph, look, obstacle
 from galago.quantize.inventory import Row, table
 from galago.quantize.layer import QuantLayer
-from galago.quantize.patterns import edge_layers, matches, must_match
+from galago.quantize.patterns import edge_layers, matches
 from galago.quantize.placement import Streams
 from galago.quantize.plan import Choice, Plan, check_weight, initialize
 from galago.quantize.quantizer import Quantizer

@@ -35,7 +35,7 @@ from torch import nn
 from galago.batch import Batch, Step
 from galago.data import Data
 from galago.errors import UserError
-from galago.layers import swap
+from galago.layers import must_match, swap
 from galago.method import Forward, Method
 from galago.probe import device_of
 from galago.quantize.calibration import normalized
@@ -47,7 +47,7 @@ from galago.quantize.gradient_quantizer import (
 )
 from galago.quantize.graph import LAYERS, Graph, look
 from galago.quantize.layer import QuantLayer
-from galago.quantize.patterns import edge_layers, matches, must_match
+from galago.quantize.patterns import edge_layers, matches
 
 
 class Placed(NamedTuple):

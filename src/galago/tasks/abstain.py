@@ -43,8 +43,8 @@ from torchmetrics import MetricCollection
 
 from galago.batch import Batch
 from galago.errors import UserError
-from galago.task import Task
-from galago.tasks.classify import TopAccuracy, main
+from galago.task import Task, scores_of
+from galago.tasks.classify import TopAccuracy
 
 
 def gambler_loss(scores: Tensor, target: Tensor, payoff: float) -> Tensor:
@@ -143,7 +143,7 @@ class ClassifyOrAbstain(Task):
         Raises:
             UserError: the model has another number of outputs.
         """
-        scores = main(output)
+        scores = scores_of(output)
         if scores.shape[1] != self.classes + 1:
             raise UserError(
                 f"ClassifyOrAbstain: the model has {scores.shape[1]} outputs, but {self.classes} classes need"

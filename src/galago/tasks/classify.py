@@ -9,7 +9,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.aggregation import MeanMetric
 
 from galago.batch import Batch
-from galago.task import Task
+from galago.task import Task, scores_of
 
 
 class Classify(Task):
@@ -25,15 +25,15 @@ class Classify(Task):
 
     def losses(self, output: Any, batch: Batch) -> dict[str, Tensor]:
         """`cross_entropy`, averaged over the batch; targets are probabilities N×K."""
-        return {"cross_entropy": nn.functional.cross_entropy(main(output), batch.target)}
+        return {"cross_entropy": nn.functional.cross_entropy(scores_of(output), batch.target)}
 
     def decode(self, output: Any) -> Tensor:
         """Class probabilities, N×K."""
-        return main(output).softmax(1)
+        return scores_of(output).softmax(1)
 
     def decisions(self, output: Any) -> Tensor:
         """The most likely class, N."""
-        return main(output).argmax(1)
+        return scores_of(output).argmax(1)
 
     def metrics(self) -> MetricCollection:
         """`accuracy` in [0, 1]."""
@@ -45,9 +45,3 @@ class TopAccuracy(MeanMetric):
 
     def update(self, probabilities: Tensor, target: Tensor) -> None:  # type: ignore[override]
         super().update((probabilities.argmax(1) == target.argmax(1)).float())
-
-
-def main(output: Any) -> Tensor:
-    """The scores that count, of an output that may be a dict with auxiliary heads."""
-    scores: Tensor = output["main"] if isinstance(output, dict) else output
-    return scores
