@@ -1,4 +1,4 @@
-"""Looking into a network and changing its parts: `tap`, `rewrite`, `swap`, `Wrapper`, and `Flow`, what feeds what."""
+"""Looking into a network and changing its parts: `tap`, `Taps`, `rewrite`, `swap`, `Wrapper`, and `Flow`, its graph."""
 
 from __future__ import annotations
 
@@ -40,6 +40,66 @@ def tap(model: nn.Module, path: str) -> Iterator[Tap]:
 
     with removing([find(model, path).register_forward_hook(keep)]):
         yield held
+
+
+class Taps:
+    """Keeps what some layers gave out last. A layer whose output is changed in place behind it is kept as a copy.
+
+    `tap` watches for the length of a `with`; these stay from `prepare` to `finish`, because a compiled network runs the
+    hooks that it was compiled with.
+
+    Args:
+        model: the network.
+        paths: of its layers.
+
+    >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(inplace=True))
+    >>> taps = Taps(net, ["0"])
+    >>> output = net(-torch.ones(1, 2) * 9)
+    >>> taps.check("a doctest")
+    >>> output = net(-torch.ones(1, 2) * 9)
+    >>> torch.equal(taps.values["0"], net[0](-torch.ones(1, 2) * 9))
+    True
+    """
+
+    def __init__(self, model: nn.Module, paths: Iterable[str]) -> None:
+        self.paths = list(dict.fromkeys(paths))
+        self.values: dict[str, Any] = {}
+        self.changed: set[str] = set()
+        self._versions: dict[str, int] | None = {}  # of each output as it was given, until `check`
+        self._hooks = [self._hook(path) for path in self.paths]
+        for path, hook in zip(self.paths, self._hooks, strict=True):
+            find(model, path).register_forward_hook(hook)
+
+    def _hook(self, path: str) -> Any:
+        def keep(module: nn.Module, inputs: object, output: Any) -> None:
+            self.values[path] = output.clone() if path in self.changed else output
+            if self._versions is not None and isinstance(output, Tensor):
+                self._versions[path] = output._version
+
+        return keep
+
+    def check(self, whose: str) -> None:
+        """After a first pass in eager mode: every layer gave a tensor; notes which were changed in place.
+
+        Raises:
+            UserError: naming the layer that gave none, or more than one.
+        """
+        for path in self.paths:
+            value = self.values.get(path)
+            if not isinstance(value, Tensor):
+                gave = "nothing: it does not run" if value is None else f"a {type(value).__name__}"
+                raise UserError(f"{whose}: layer {path!r} gives {gave}; name one that gives a single tensor")
+            if value._version != (self._versions or {}).get(path):
+                self.changed.add(path)
+        self._versions = None
+
+    def remove(self, model: nn.Module) -> None:
+        """Takes the hooks out of the network, or of a copy of it."""
+        for module in model.modules():
+            for number, hook in list(module._forward_hooks.items()):
+                if any(hook is own for own in self._hooks):
+                    del module._forward_hooks[number]
+        self.values = {}
 
 
 @contextmanager
@@ -112,15 +172,25 @@ class Call(NamedTuple):
     outputs: tuple[int, ...]
 
 
+class Asked(NamedTuple):
+    """An operation with all its arguments, by which it can be done again on other tensors."""
+
+    function: Any  # of ATen
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
 @dataclass
 class Flow:
     """What feeds what in one forward pass, whatever the model is written like: nothing is traced symbolically.
 
     `calls` in order of execution; `received` and `gave` the numbers of the tensors that a module took in and gave
     out each time it ran, by path; `values` every tensor by number (a small example is enough to keep them).
+    `asked` is beside `calls`: the operation itself and what it was given, dimensions and sizes included.
     """
 
     calls: list[Call] = field(default_factory=list)
+    asked: list[Asked] = field(default_factory=list)
     received: dict[str, list[tuple[int, ...]]] = field(default_factory=dict)
     gave: dict[str, list[tuple[int, ...]]] = field(default_factory=dict)
     values: dict[int, Tensor] = field(default_factory=dict)
@@ -184,4 +254,5 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         in_place = func._schema.is_mutable
         written = tuple(self.number(leaf, fresh=in_place) for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
         self.flow.calls.append(Call(func._schema.name.partition("::")[2].rstrip("_"), self.path[-1], read, written))
+        self.flow.asked.append(Asked(func, args, dict(kwargs or {})))
         return result

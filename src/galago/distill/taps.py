@@ -1,76 +1,16 @@
-"""What layers of a network give out, kept while it trains; and its stages, for whoever does not want to name layers.
-
-`galago.layers.tap` watches for the length of a `with`; these taps stay from `prepare` to `finish`, because a compiled
-network runs the hooks that it was compiled with.
-"""
+"""A network's stages, for whoever does not want to name layers; what they give out is kept by `galago.layers.Taps`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from galago.errors import UserError
-from galago.layers import Wrapper, find, removing
-
-
-class Taps:
-    """Keeps what some layers gave out last. A layer whose output is changed in place behind it is kept as a copy.
-
-    Args:
-        model: the network.
-        paths: of its layers.
-
-    >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(inplace=True))
-    >>> taps = Taps(net, ["0"])
-    >>> output = net(-torch.ones(1, 2) * 9)
-    >>> taps.check("a doctest")
-    >>> output = net(-torch.ones(1, 2) * 9)
-    >>> torch.equal(taps.values["0"], net[0](-torch.ones(1, 2) * 9))
-    True
-    """
-
-    def __init__(self, model: nn.Module, paths: Iterable[str]) -> None:
-        self.paths = list(dict.fromkeys(paths))
-        self.values: dict[str, Any] = {}
-        self.changed: set[str] = set()
-        self._versions: dict[str, int] | None = {}  # of each output as it was given, until `check`
-        self._hooks = [self._hook(path) for path in self.paths]
-        for path, hook in zip(self.paths, self._hooks, strict=True):
-            find(model, path).register_forward_hook(hook)
-
-    def _hook(self, path: str) -> Any:
-        def keep(module: nn.Module, inputs: object, output: Any) -> None:
-            self.values[path] = output.clone() if path in self.changed else output
-            if self._versions is not None and isinstance(output, Tensor):
-                self._versions[path] = output._version
-
-        return keep
-
-    def check(self, whose: str) -> None:
-        """After a first pass in eager mode: every layer gave a tensor; notes which were changed in place.
-
-        Raises:
-            UserError: naming the layer that gave none, or more than one.
-        """
-        for path in self.paths:
-            value = self.values.get(path)
-            if not isinstance(value, Tensor):
-                gave = "nothing: it does not run" if value is None else f"a {type(value).__name__}"
-                raise UserError(f"{whose}: layer {path!r} gives {gave}; name one that gives a single tensor")
-            if value._version != (self._versions or {}).get(path):
-                self.changed.add(path)
-        self._versions = None
-
-    def remove(self, model: nn.Module) -> None:
-        """Takes the hooks out of the network, or of a copy of it."""
-        for module in model.modules():
-            for number, hook in list(module._forward_hooks.items()):
-                if any(hook is own for own in self._hooks):
-                    del module._forward_hooks[number]
-        self.values = {}
+from galago.layers import Taps as Taps
+from galago.layers import Wrapper, removing
 
 
 @torch.no_grad()
