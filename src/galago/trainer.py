@@ -165,7 +165,9 @@ def fit(
             for method in learner.ideas:
                 learner.model = method.epoch(learner.model, epoch)
         learner.follow_average()
-        optimizer = follow(learner, optimizer, factory)
+        followed = follow(learner, optimizer, factory)
+        if followed is not optimizer:  # the network has another structure: what was best before is another network
+            optimizer, position = followed, position._replace(best=None, stale=0)
         position = train_epoch(learner, data, optimizer, schedule, position, plan, fabric, run, monitor)
         position = end_epoch(learner, optimizer, position, plan, fabric, run, monitor)
     if plan.restore_best and (best := run.load_checkpoint(run.best)) is not None:

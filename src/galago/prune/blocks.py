@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+from rich.table import Table
 from torch import Tensor, nn
 
 from galago.errors import UserError
@@ -55,7 +56,7 @@ def partition(model: nn.Module, layers: Sequence[str], given: Sequence[Block]) -
         find(model, block.path)
     named, found = [block.path for block in given], dict[str, list[int]]()
     for place, layer in enumerate(layers):
-        around = [path for path in named if f"{layer}.".startswith(f"{path}.")]
+        around = [path for path in named if not path or f"{layer}.".startswith(f"{path}.")]
         found.setdefault(max(around, key=len, default=layer.partition(".")[0]), []).append(place)
     if empty := [path for path in named if path not in found]:
         raise UserError(
@@ -170,3 +171,38 @@ def shared_out(
         blocks.append(replace(block, target=target))
     target_of_each = torch.tensor([block.target for block in blocks], dtype=torch.float64)
     return blocks, budget._replace(target=target_of_each)
+
+
+def shares(blocks: Sequence[Block], budget: Budget, alive: Tensor) -> str:
+    """What is left of the whole network's cost and of each block's, for a person to read.
+
+    Args:
+        blocks: as `shared_out` gives them, with their budget.
+        budget: in float64.
+        alive: a of each group, G.
+    """
+    costs = budget.costs
+    whole = float(costs.cost(alive).sum() / costs.cost(torch.ones_like(alive)).sum())
+    each = [f"{block.path or 'all'} {float(left):.3f}" for block, left in zip(blocks, budget.left(alive), strict=True)]
+    return f"{whole:.3f} ({', '.join(each)})"
+
+
+def table(blocks: Sequence[Block], budget: Budget, groups: Groups, unit: str) -> Table:
+    """The blocks with what they cost and are to cost, and what is left whole, for a person to read.
+
+    Args:
+        blocks: as `shared_out` gives them, with their budget.
+        budget: in float64.
+        groups: of the network.
+        unit: what is counted.
+    """
+    shown = Table("block", "layers", "channels", unit, "share", "target")
+    costs = budget.costs.cost(budget.members.new_ones(groups.count))
+    for block, members, cost in zip(blocks, budget.members, budget.of_blocks(costs), strict=True):
+        channels = (budget.costs.makes[members > 0] > 0).any(0).sum()
+        share = f"{float(cost / costs.sum()):.3f}"
+        shown.add_row(
+            block.path or "all", f"{int(members.sum())}", f"{int(channels)}", f"{int(cost):,}", share, f"{block.target:g}"
+        )
+    shown.caption = f"left whole: {groups.reasons()}" if groups.whole else None
+    return shown

@@ -53,7 +53,7 @@ from galago.errors import UserError
 from galago.layers import find
 from galago.method import Forward, Method
 from galago.probe import device_of
-from galago.prune.blocks import Block, shared_out
+from galago.prune.blocks import Block, shared_out, shares, table
 from galago.prune.cost import Operations, Resource
 from galago.prune.full import FullNetwork
 from galago.prune.groups import strengths
@@ -178,7 +178,7 @@ class CompactStructure(Method):
         for norm in self._norms(model):
             norm.__dict__["own_rates"] = without_decay
         if self.kept is not None:
-            narrow(model, self.groups, self.kept)
+            self._narrow(model, self.kept)
         return model
 
     def epoch(self, model: nn.Module, epoch: int) -> nn.Module:
@@ -191,7 +191,7 @@ class CompactStructure(Method):
             if self.next >= self.until - 1e-6 or bool((left <= self.exact.target).all()):
                 self._cut(model, gates, alive)
             else:
-                say(f"CompactStructure: alive {self._shares(alive)}")
+                self._say("alive", alive)
         return model
 
     def step(self, batch: Batch, inner: Forward) -> Step:
@@ -220,16 +220,7 @@ class CompactStructure(Method):
 
     def summary(self) -> Table:
         """The blocks with their costs and targets, and what is left whole."""
-        table = Table("block", "layers", "channels", self.resource.unit, "share", "target")
-        costs = self.exact.costs.cost(torch.ones(self.groups.count, dtype=torch.float64))
-        for part, members, cost in zip(self.parts, self.exact.members, self.exact.of_blocks(costs), strict=True):
-            channels = (self.exact.costs.makes[members > 0] > 0).any(0).sum()
-            share = f"{float(cost / costs.sum()):.3f}"
-            table.add_row(
-                part.path, f"{int(members.sum())}", f"{channels}", f"{int(cost):,}", share, f"{part.target:g}"
-            )
-        table.caption = f"left whole: {self.groups.reasons()}" if self.groups.whole else None
-        return table
+        return table(self.parts, self.exact, self.groups, self.resource.unit)
 
     def _norms(self, model: nn.Module) -> list[nn.Module]:
         modules = [find(model, gate.module) for gate in self.groups.gates]
@@ -257,21 +248,22 @@ class CompactStructure(Method):
     def _hints(self, full: FullNetwork, image: Tensor, alive: Tensor) -> Tensor:
         """The sum of the hints of all blocks that give a map."""
         every = torch.cat([alive, alive.new_ones(1)])  # last, those of no group
-        pairs = full.pairs(image, self.kept)
-        return torch.stack([hint_loss(pair.feature, pair.wanted, every[pair.channels]) for pair in pairs]).sum()
+        pairs = full.pairs(image)
+        return torch.stack([hint_loss(pair.feature, pair.wanted, every[pair.groups]) for pair in pairs]).sum()
 
     def _cut(self, model: nn.Module, gates: Tensor, alive: Tensor) -> None:
         left = self.exact.trimmed(gates, alive)
         self.kept = left > 0
-        narrow(model, self.groups, self.kept)
-        say(f"CompactStructure: left {self._shares(left)}")
+        self._narrow(model, self.kept)
+        self._say("left", left)
 
-    def _shares(self, alive: Tensor) -> str:
-        """What is left of the whole cost and of each block's, for a person to read."""
-        costs = self.exact.costs
-        share = costs.cost(alive).sum() / costs.cost(torch.ones_like(alive)).sum()
-        blocks = [f"{p.path} {float(x):.3f}" for p, x in zip(self.parts, self.exact.left(alive), strict=True)]
-        return f"{float(share):.3f} of the {self.resource.unit} ({', '.join(blocks)})"
+    def _narrow(self, model: nn.Module, kept: Tensor) -> None:
+        narrow(model, self.groups, kept)
+        if self.full is not None:
+            self.full.narrow(kept)
+
+    def _say(self, what: str, alive: Tensor) -> None:
+        say(f"CompactStructure: {self.resource.unit} {what}: {shares(self.parts, self.exact, alive)}")
 
 
 def without_decay() -> tuple[float, float]:

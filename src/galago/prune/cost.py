@@ -93,10 +93,10 @@ class Costs(NamedTuple):
 
         A layer without any channel would cut the network in two, so that each keeps its strongest group.
         """
-        alive = gates > threshold
-        strongest = torch.where(self.makes > 0, gates, -1.0).argmax(1)
+        strongest = torch.where(self.makes > 0, gates, -1.0).argmax(1, keepdim=True)
         needy = (self.made_always == 0) & (self.makes > 0).any(1)
-        return alive.index_fill(0, strongest[needy], value=True).to(gates.dtype)
+        needed = (strongest == torch.arange(len(gates), device=gates.device)) & needy[:, None]
+        return ((gates > threshold) | needed.any(0)).to(gates.dtype)
 
     def to(self, like: Tensor) -> Costs:
         """The same on another tensor's device and in its precision."""

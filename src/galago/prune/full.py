@@ -19,7 +19,7 @@ class Pair(NamedTuple):
 
     feature: Tensor  # N×C×H×W, of the network that trains
     wanted: Tensor  # likewise, of the full network
-    channels: Tensor  # group of each channel, C; -1 for one that cannot be removed
+    groups: Tensor  # of each channel, C; -1 for one that cannot be removed
 
 
 class FullNetwork(nn.Module):
@@ -37,6 +37,8 @@ class FullNetwork(nn.Module):
         for module in self.network.modules():
             module._forward_hooks.clear()  # which watch the model, not its copy
         self.maps = maps
+        self.left: dict[str, Tensor] = {}  # places of the channels that are left, where some are not
+        self.groups = {path: groups.to(image.device) for path, groups in maps.items()}
         self.taps = Taps(model, maps), Taps(self.network, maps)
         with evaluating(model), torch.no_grad():
             model(image)
@@ -48,20 +50,24 @@ class FullNetwork(nn.Module):
         """Stays in evaluation mode."""
         return super().train(False)
 
-    def pairs(self, image: Tensor, kept: Tensor | None = None) -> Iterator[Pair]:
+    def narrow(self, kept: Tensor) -> None:
+        """Says which groups the model has left: a boolean for each."""
+        for path, groups in self.maps.items():
+            left = left_of(groups, kept).nonzero().flatten().to(self.groups[path].device)
+            self.left[path], self.groups[path] = left, self.groups[path][left]
+
+    def pairs(self, image: Tensor) -> Iterator[Pair]:
         """The maps of the model's last pass, and those of the full network for the same images.
 
         Args:
             image: what the model saw.
-            kept: which groups are left in the model; none: all are.
         """
         with torch.no_grad():
             self.network(image)
         own, full = (taps.values for taps in self.taps)
-        for path, groups in self.maps.items():
-            left = torch.ones_like(groups, dtype=torch.bool) if kept is None else left_of(groups, kept)
-            wanted = full[path].index_select(1, left.nonzero().flatten().to(image.device))
-            yield Pair(own[path].float(), wanted.float(), groups[left])
+        for path, groups in self.groups.items():
+            wanted = full[path].index_select(1, self.left[path]) if path in self.left else full[path]
+            yield Pair(own[path].float(), wanted.float(), groups)
 
     def release(self, model: nn.Module) -> None:
         """Stops watching the model, or a copy of it."""

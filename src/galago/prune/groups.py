@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from galago.layers import find
+from galago.probe import device_of
 from galago.prune.ties import Ids, Record
 from galago.sizes import Narrows
 
@@ -71,6 +72,7 @@ class Groups:
         count: how many there are.
         cuts: every axis of a stored tensor that belongs to channels of groups.
         gates: where the strength of groups can be read.
+        owners: group of every gate's every slice, one after another, on the network's device; `count` if there is none.
         layers: all layers that multiply, in the order of execution.
         adapting: layers that have to be told.
         maps: of each module that gives a map, N×C×H×W, its channels.
@@ -80,6 +82,7 @@ class Groups:
     count: int
     cuts: tuple[Cut, ...]
     gates: tuple[Gate, ...]
+    owners: Tensor
     layers: tuple[Layer, ...]
     adapting: tuple[Adapting, ...]
     maps: dict[str, Tensor]
@@ -106,10 +109,9 @@ def strengths(model: nn.Module, groups: Groups) -> Tensor:
     for gate in groups.gates:
         tensor: Tensor = getattr(find(model, gate.module), gate.name)
         sizes.append(tensor.movedim(gate.axis, 0).flatten(1).norm(dim=1) if tensor.ndim > 1 else tensor.abs())
-    every, owners = torch.cat(sizes), torch.cat([gate.groups for gate in groups.gates]).to(sizes[0].device)
-    # those of no group go to one more, which is left out
-    found = every.new_zeros(groups.count + 1).scatter_reduce(0, owners % (groups.count + 1), every, "amax")
-    return found[:-1]
+    every = torch.cat(sizes)
+    # slices of no group go to one more, which is left out
+    return every.new_zeros(groups.count + 1).scatter_reduce(0, groups.owners, every, "amax")[:-1]
 
 
 def grouped(record: Record) -> tuple[Groups, list[int]]:
@@ -124,10 +126,13 @@ def grouped(record: Record) -> tuple[Groups, list[int]]:
         return torch.tensor([number.get(ties.root(channel), ALWAYS) for channel in ids], dtype=torch.long)
 
     alone = torch.tensor([ALWAYS])
+    gates = [Gate(*place, axis, of(ids)) for place, axis, ids in gated if bool((of(ids) != ALWAYS).any())]
+    owners = torch.cat([alone[:0], *(gate.groups for gate in gates)])
     return Groups(
         count=len(roots),
         cuts=tuple(cut for cut in _cuts(record, of) if bool((cut.groups != ALWAYS).any())),
-        gates=tuple(Gate(*place, axis, of(ids)) for place, axis, ids in gated if bool((of(ids) != ALWAYS).any())),
+        gates=tuple(gates),
+        owners=owners.where(owners != ALWAYS, len(roots)).to(device_of(record.model)),
         layers=tuple(
             Layer(path, of(one.inputs) if one.inputs else alone, of(one.outputs), one.kernel, one.positions)
             for (path, _), one in products.items()

@@ -115,6 +115,8 @@ def parts(groups: Groups) -> list[list[int]]:
 
 def trouble(model: nn.Module, image: Tensor, groups: Groups, part: Sequence[int]) -> str:
     """Why some groups cannot be cut out of a network, of which a half is tried; empty if they can."""
+    if not part:
+        return ""
     strengths = torch.ones(groups.count, dtype=torch.float64)
     strengths[list(part)] = torch.rand(len(part), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     kept = costs_of(groups, Parameters()).alive(strengths, 0.5).bool()

@@ -137,7 +137,7 @@ class Record:
     def give_up(self, call: Call) -> None:
         """Of what an operation reads all stays, and of what it makes nothing is known."""
         where = f" in {call.module}" if call.module else ""
-        self.hold(call.inputs, f"the operation {call.operation}{where} does not keep channels apart")
+        self.hold(call.inputs, f"what becomes of them in {call.operation}{where} is not followed")
 
     def again(self, call: Call, asked: Asked, put: dict[int, Tensor]) -> Any:
         """What an operation makes of other tensors in the place of some that it read."""
