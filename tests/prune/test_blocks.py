@@ -93,7 +93,7 @@ def test_a_block_of_which_nothing_can_be_cut_stays_as_it_is() -> None:
     blocks, budget = shared_out(model, groups, Parameters(), [], 0.5)
     assert [(block.path, block.target) for block in blocks] == [("0", 1.0), ("1", 0.5)]
     assert budget.target.tolist() == [1.0, 0.5]
-    with pytest.raises(UserError, match="block '0' cannot be cut down to 0.9"):
+    with pytest.raises(UserError, match=r"block '0' cannot be cut down to 0\.9"):
         shared_out(model, groups, Parameters(), [Block("0", target=0.9)], 0.5)
 
 

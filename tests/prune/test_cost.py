@@ -86,9 +86,10 @@ def test_the_gradient_of_a_group_is_what_it_costs_with_its_layers_as_they_are(gr
         total = 0.0
         for layer in groups.layers:
             kappa = resource.coefficient(layer)
-            living = [[1.0 if g < 0 else float(alive[g]) for g in side.tolist()] for side in (layer.inputs, layer.outputs)]
-            total += kappa * sum(living[0]) * layer.outputs.tolist().count(group)
-            total += kappa * sum(living[1]) * layer.inputs.tolist().count(group)
+            inputs, outputs = layer.inputs.tolist(), layer.outputs.tolist()
+            living = {g: 1.0 if g < 0 else float(alive[g]) for g in (*inputs, *outputs)}
+            total += kappa * sum(living[g] for g in inputs) * outputs.count(group)
+            total += kappa * sum(living[g] for g in outputs) * inputs.count(group)
         assert gates.grad is not None
         assert gates.grad[group].item() == pytest.approx(total)
 

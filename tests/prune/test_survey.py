@@ -129,6 +129,13 @@ def test_both_sides_of_a_depth_wise_convolution_are_one_group() -> None:
     assert layers["blocks.1.filter.0"].inputs.tolist() == [ALWAYS]
 
 
+def test_the_layout_in_memory_makes_no_difference() -> None:
+    model, image, groups = surveyed("resnet20")
+    other = survey(copy.deepcopy(model).to(memory_format=torch.channels_last), image)
+    assert other.count == groups.count
+    assert all(torch.equal(a.outputs, b.outputs) for a, b in zip(groups.layers, other.layers, strict=True))
+
+
 def test_looking_leaves_the_network_as_it_was() -> None:
     model = shaken(resnet20()).train()
     model.layer1.eval()

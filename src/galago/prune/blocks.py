@@ -200,9 +200,7 @@ def table(blocks: Sequence[Block], budget: Budget, groups: Groups, unit: str) ->
     costs = budget.costs.cost(budget.members.new_ones(groups.count))
     for block, members, cost in zip(blocks, budget.members, budget.of_blocks(costs), strict=True):
         channels = (budget.costs.makes[members > 0] > 0).any(0).sum()
-        share = f"{float(cost / costs.sum()):.3f}"
-        shown.add_row(
-            block.path or "all", f"{int(members.sum())}", f"{int(channels)}", f"{int(cost):,}", share, f"{block.target:g}"
-        )
+        counts = (f"{int(members.sum())}", f"{int(channels)}", f"{int(cost):,}")
+        shown.add_row(block.path or "all", *counts, f"{float(cost / costs.sum()):.3f}", f"{block.target:g}")
     shown.caption = f"left whole: {groups.reasons()}" if groups.whole else None
     return shown

@@ -143,7 +143,9 @@ class CompactStructure(Method):
         if not 0 <= until <= 1:
             raise UserError(f"CompactStructure: until is {until}; give a share of the training, from 0 to 1")
         if pressure <= 0 or not 0 < lowest <= highest:
-            raise UserError("CompactStructure: pressure is above 0, and lowest above 0 and at most highest")
+            raise UserError("CompactStructure: pressure has to be above 0, and lowest too, and at most highest")
+        if threshold < 0 or hint < 0:
+            raise UserError("CompactStructure: threshold and hint have to be 0 or more")
         self.budget, self.resource, self.blocks, self.until = budget, resource, tuple(blocks), until
         self.threshold, self.pressure, self.rate = threshold, pressure, rate
         self.lowest, self.highest, self.hint = lowest, highest, hint
@@ -178,6 +180,8 @@ class CompactStructure(Method):
         for norm in self._norms(model):
             norm.__dict__["own_rates"] = without_decay
         if self.kept is not None:
+            if len(self.kept) != self.groups.count:
+                raise UserError("CompactStructure: the checkpoint is of another network; delete it to start over")
             self._narrow(model, self.kept)
         return model
 

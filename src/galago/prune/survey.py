@@ -47,7 +47,8 @@ def survey(model: nn.Module, example: Tensor) -> Groups:
     """
     image = example[:1]
     with evaluating(model), torch.no_grad():
-        record = follow(model, image)
+        # in the usual layout, as others bring operations that only rearrange memory
+        record = follow(copy.deepcopy(model).to(memory_format=torch.contiguous_format), image)
         groups, channels = grouped(record)
         if not trouble(model, image, groups, range(groups.count)):
             return groups
