@@ -32,6 +32,7 @@ BASES = {
     "datasets": {"augmentation", "download", "image_files", "images", "listing", "loading", "source"},
     "distill": {"distill", "lesson", "sizes", "taps", "teacher"},
     "models": {"weights"},
+    "prune": {"blocks", "cost", "full", "groups", "moves", "products", "surgery", "survey", "ties"},
     "quantize": {"blocks", "calibration", "columns", "fold", "graph", "inventory", "layer", "learned_step", "patterns"}
     | {"placement", "plan", "quantizer", "ranges", "reconstruction", "rest", "rounding", "settle", "soft_rounding"}
     | {"moments", "units", "budget", "sensitivity"},

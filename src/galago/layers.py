@@ -123,6 +123,14 @@ def find(model: nn.Module, path: str) -> nn.Module:
         raise UserError(f"{type(model).__name__} has no layer {path!r}{hint}") from None
 
 
+def bare(model: nn.Module, path: str) -> nn.Module:
+    """The layer at a dotted path itself, whatever it has been wrapped in."""
+    layer = find(model, path)
+    while isinstance(layer, Wrapper):
+        layer = layer.layer
+    return layer
+
+
 def swap(model: nn.Module, path: str, new: nn.Module) -> nn.Module:
     """Puts `new` where the layer at `path` was; the model, or `new` itself for the empty path."""
     if not path:

@@ -166,7 +166,7 @@ def fit(
                 learner.model = method.epoch(learner.model, epoch)
         learner.follow_average()
         followed = follow(learner, optimizer, factory)
-        if followed is not optimizer:  # the network has another structure: what was best before is another network
+        if followed is not optimizer:  # a network of another structure: what was best before is no measure for it
             optimizer, position = followed, position._replace(best=None, stale=0)
         position = train_epoch(learner, data, optimizer, schedule, position, plan, fabric, run, monitor)
         position = end_epoch(learner, optimizer, position, plan, fabric, run, monitor)
@@ -236,12 +236,8 @@ def train_epoch(
             numbers = _heard(heard, optimizer)
             _log_step(run, fabric, position, numbers)
         monitor.stepped(position.epoch, position.batch, total, numbers)
-        if (
-            steps_now
-            and plan.checkpoint_every
-            and position.step % plan.checkpoint_every == 0
-            and position.batch < total
-        ):
+        due = plan.checkpoint_every and position.step % plan.checkpoint_every == 0
+        if steps_now and due and position.batch < total:
             save(learner, optimizer, position, fabric, run)
             heard.clear()  # as a run that continues from here has heard nothing yet
     return position

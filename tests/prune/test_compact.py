@@ -272,7 +272,7 @@ def multiplying(method: CompactStructure) -> list[str]:
 
 def test_the_best_epoch_is_one_of_the_cut_network(course: Course) -> None:
     best = course("best", [CompactStructure(budget=0.3, until=0.5)], restore_best=True)
-    assert best.block.first[0].out_channels < 5
+    assert best.stem[0].out_channels < 5
     saved = Run(course.folder / "best").load_checkpoint(Run(course.folder / "best").best)
     assert saved is not None
     assert torch.equal(saved["learner"]["model.stem.0.weight"], best.stem[0].weight)

@@ -50,7 +50,7 @@ from galago.batch import Batch, Step
 from galago.console import say
 from galago.data import Data
 from galago.errors import UserError
-from galago.layers import find
+from galago.layers import bare
 from galago.method import Forward, Method
 from galago.probe import device_of
 from galago.prune.blocks import Block, shared_out, shares, table
@@ -227,7 +227,7 @@ class CompactStructure(Method):
         return table(self.parts, self.exact, self.groups, self.resource.unit)
 
     def _norms(self, model: nn.Module) -> list[nn.Module]:
-        modules = [find(model, gate.module) for gate in self.groups.gates]
+        modules = [bare(model, gate.module) for gate in self.groups.gates]
         return [module for module in modules if isinstance(module, _BatchNorm)]
 
     def _measured(self, model: nn.Module) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from galago.layers import find
+from galago.layers import bare
 from galago.probe import device_of
 from galago.prune.ties import Ids, Record
 from galago.sizes import Narrows
@@ -107,7 +107,7 @@ def strengths(model: nn.Module, groups: Groups) -> Tensor:
     """
     sizes = []
     for gate in groups.gates:
-        tensor: Tensor = getattr(find(model, gate.module), gate.name)
+        tensor: Tensor = getattr(bare(model, gate.module), gate.name)
         sizes.append(tensor.movedim(gate.axis, 0).flatten(1).norm(dim=1) if tensor.ndim > 1 else tensor.abs())
     every = torch.cat(sizes)
     # slices of no group go to one more, which is left out
@@ -163,7 +163,7 @@ def _cuts(record: Record, of: Callable[[Ids], Tensor]) -> Iterator[Cut]:
 def _adapting(record: Record, of: Callable[[Ids], Tensor]) -> Iterator[Adapting]:
     for path, given in record.seen.gave.items():
         taken, made = (record.channels_of(numbers) for numbers in (record.seen.received[path], given))
-        if path and isinstance(find(record.model, path), Narrows) and taken is not None and made is not None:
+        if path and isinstance(bare(record.model, path), Narrows) and taken is not None and made is not None:
             yield Adapting(path, of(taken.ids), of(made.ids))
 
 

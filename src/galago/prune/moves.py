@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from galago.layers import Asked, Call, find
+from galago.layers import Asked, Call, bare
 from galago.prune.ties import Ids, Record
 from galago.sizes import Narrows
 
@@ -76,7 +76,7 @@ def pad(record: Record, call: Call, asked: Asked) -> None:
         record.give_up(call)
         return
     first, last = record.ties.new(before), record.ties.new(behind)
-    if not isinstance(find(record.model, call.module), Narrows):
+    if not isinstance(bare(record.model, call.module), Narrows):
         record.ties.hold((*first, *last), f"{call.module or 'the network'} adds a fixed number of channels")
     zero = len(asked.args) < 3 or asked.args[2] == 0
     record.gives(call, given.axis, (*first, *given.ids, *last), given.silent and zero)

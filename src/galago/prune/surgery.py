@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from galago.layers import find
+from galago.layers import bare
 from galago.prune.groups import Groups
 from galago.sizes import Narrows, store
 
@@ -25,7 +25,7 @@ def narrow(model: nn.Module, groups: Groups, kept: Tensor) -> None:
         kept: a boolean for each group.
     """
     for cut in groups.cuts:
-        module, left = find(model, cut.module), left_of(cut.groups, kept)
+        module, left = bare(model, cut.module), left_of(cut.groups, kept)
         if left.all():
             continue
         tensor: Tensor = getattr(module, cut.name)
@@ -36,7 +36,7 @@ def narrow(model: nn.Module, groups: Groups, kept: Tensor) -> None:
             if hasattr(module, size):
                 setattr(module, size, int(left.sum()))
     for path, taken, given in groups.adapting:
-        module = find(model, path)
+        module = bare(model, path)
         assert isinstance(module, Narrows)  # else it would not be among these
         module.keep_channels(left_of(taken, kept), left_of(given, kept))
 
@@ -52,7 +52,7 @@ def silence(model: nn.Module, groups: Groups, kept: Tensor) -> None:
     """
     for cut in groups.cuts:
         if cut.made:
-            tensor: Tensor = getattr(find(model, cut.module), cut.name)
+            tensor: Tensor = getattr(bare(model, cut.module), cut.name)
             dead = (~left_of(cut.groups, kept)).nonzero().flatten()
             tensor.index_fill_(cut.axis, dead.to(tensor.device), 0.0)
 
