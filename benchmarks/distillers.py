@@ -32,7 +32,8 @@ from rich.table import Table
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 TEACHER = "published/resnet56_cifar10"
-METHODS = ("plain", "kd", "dkd", "dist", "at", "fitnet", "fsp", "rkd", "sp")
+WITH_TEACHER = ("kd", "dkd", "dist", "at", "fitnet", "fsp", "rkd", "sp", "crd", "bss", "ensemble")
+METHODS = ("plain", *WITH_TEACHER, "dml", "one", "ffl", "oskd")
 Recipe = dict[str, Any]
 STUDENTS: dict[str, Recipe] = {
     "resnet20": {"class_path": "galago.models.resnet.resnet20"},

@@ -25,6 +25,7 @@ from galago.distill.logits import SoftTargets
 from galago.distill.mutual import MutualLearning
 from galago.distill.native_ensemble import NativeEnsemble
 from galago.distill.planting import Planting
+from galago.errors import UserError
 from galago.laws.trial import TinyImages, Trial, classify, clone, exported, tiny_network
 from galago.layers import find
 from galago.method import Method
@@ -76,6 +77,7 @@ BEFORE = {
 FIRST = {"Equalize", "Smooth"}  # which change the float network
 LAST = {"FreezeOscillations", "Planting", "SignFlips"}  # which have to know all layers
 LAST |= {"NoiseInjection", "ParametricNoise"}  # which add noise in front of the quantizers that they find
+ALONE = {"CompactStructure"}  # which refuse quantizers beside them: a second run quantizes what they leave
 METHODS = {idea.name: idea.class_path for idea in ideas() if idea.kind == "method"}
 # A growing network: not with those that keep a number for each weight, as its page says. A branched one: by
 # one method only.
@@ -104,12 +106,22 @@ def make(name: str) -> Method:
     return made
 
 
+def quantizes(name: str) -> bool:
+    return name == "Quantize" or BEFORE.get(name) == "Quantize"
+
+
+def together(outer: str, inner: str) -> bool:
+    """Whether two methods may be in one recipe."""
+    return not any(one in ALONE and quantizes(other) for one, other in ((outer, inner), (inner, outer)))
+
+
 def sample() -> list[tuple[str, str]]:
     """Each method once before and once behind another; every pair if asked for."""
     if os.environ.get("GALAGO_ALL_PAIRS"):
-        return PAIRS
-    names = sorted(METHODS)
-    return list(zip(names, names[1:] + names[:1], strict=True))
+        return [pair for pair in PAIRS if together(*pair)]
+    names = sorted(METHODS.keys() - ALONE)
+    apart = [pair for name in sorted(ALONE) for pair in (("Distill", name), (name, "CutMix"))]
+    return [*zip(names, names[1:] + names[:1], strict=True), *apart]
 
 
 def trial(*names: str) -> Trial:
@@ -135,6 +147,13 @@ def test_a_pair_of_methods_trains_one_step_and_finishes(outer: str, inner: str) 
 
 def test_every_method_is_in_the_sample() -> None:
     assert {name for pair in sample() for name in pair} == set(METHODS) >= {"CutMix", "Mixup", "LabelSmoothing"}
+
+
+@pytest.mark.parametrize("name", sorted(ALONE))
+@pytest.mark.parametrize("first", [True, False])
+def test_what_cannot_be_quantized_in_the_same_run_says_so_before_the_first_step(name: str, first: bool) -> None:
+    with pytest.raises(UserError, match="second run"):
+        trial(*([name, "Quantize"] if first else ["Quantize", name]))
 
 
 def test_losses_of_both_methods_are_there() -> None:

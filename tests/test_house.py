@@ -31,8 +31,9 @@ BASES = {
     "augment": {"mixing"},
     "datasets": {"augmentation", "balance", "download", "image_files", "images", "listing", "loading", "source"},
     "distill": {"adjust", "branches", "distill", "divergence", "ensemble", "joint_training", "junctions", "lesson"}
-    | {"sizes", "taps", "teacher", "trials", "widen", "wrapping"},
+    | {"sizes", "stages", "teacher", "trials", "widen", "wrapping"},
     "models": {"lif", "weights"},
+    "prune": {"blocks", "cost", "full", "groups", "moves", "products", "surgery", "survey", "ties"},
     "quantize": {"blocks", "calibration", "columns", "fold", "graph", "inventory", "layer", "learned_step", "patterns"}
     | {"placement", "plan", "quantizer", "ranges", "reconstruction", "rest", "rounding", "settle", "soft_rounding"}
     | {"moments", "units", "budget", "sensitivity"},

@@ -24,7 +24,7 @@ KINDS = {
     "SGD": "optimizer",
     "AdamW": "optimizer",
 }
-FOLDERS = ("augment", "datasets", "distill", "models", "probes", "quantize", "regularize", "tasks")
+FOLDERS = ("augment", "datasets", "distill", "models", "probes", "prune", "quantize", "regularize", "tasks")
 
 
 class Idea(NamedTuple):

@@ -1,4 +1,4 @@
-"""Looking into a network and changing its parts: `tap`, `rewrite`, `swap`, `Wrapper`, and `Flow`, what feeds what."""
+"""Looking into a network and changing its parts: `tap`, `rewrite`, `swap`, `Wrapper`, and `Flow`, its graph."""
 
 from __future__ import annotations
 
@@ -111,11 +111,6 @@ def swap(model: nn.Module, path: str, new: nn.Module) -> nn.Module:
     return model
 
 
-def sizes(model: nn.Module) -> dict[str, torch.Size]:
-    """The shape of each parameter, by name."""
-    return {name: parameter.shape for name, parameter in model.named_parameters()}
-
-
 @contextmanager
 def removing(handles: Iterable[RemovableHandle]) -> Iterator[None]:
     """Removes hooks when the `with` is over, whatever happens in it."""
@@ -156,15 +151,25 @@ class Call(NamedTuple):
     outputs: tuple[int, ...]
 
 
+class Asked(NamedTuple):
+    """An operation with all its arguments, by which it can be done again on other tensors."""
+
+    function: Any  # of ATen
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
 @dataclass
 class Flow:
     """What feeds what in one forward pass, whatever the model is written like: nothing is traced symbolically.
 
     `calls` in order of execution; `received` and `gave` the numbers of the tensors that a module took in and gave
     out each time it ran, by path; `values` every tensor by number (a small example is enough to keep them).
+    `asked` is beside `calls`: the operation itself and what it was given, dimensions and sizes included.
     """
 
     calls: list[Call] = field(default_factory=list)
+    asked: list[Asked] = field(default_factory=list)
     received: dict[str, list[tuple[int, ...]]] = field(default_factory=dict)
     gave: dict[str, list[tuple[int, ...]]] = field(default_factory=dict)
     values: dict[int, Tensor] = field(default_factory=dict)
@@ -228,4 +233,5 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         in_place = func._schema.is_mutable
         written = tuple(self.number(leaf, fresh=in_place) for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
         self.flow.calls.append(Call(func._schema.name.partition("::")[2].rstrip("_"), self.path[-1], read, written))
+        self.flow.asked.append(Asked(func, args, dict(kwargs or {})))
         return result

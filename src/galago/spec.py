@@ -2,7 +2,7 @@
 
 `describe` reads an object's constructor arguments from its attributes of the same names (the convention of
 scikit-learn's estimators); `build` makes the object again. `architecture` writes a finished network down as the model
-it began with and the layers that were wrapped, replaced or given another size since; `rebuild` follows that record.
+it began with and the layers that were wrapped, replaced or resized since; `rebuild` follows that record.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from galago.errors import UserError
 from galago.layers import Wrapper, find, swap
+from galago.sizes import resize, sizes_of
 
 TRUSTED = ("galago", "torch", "torchvision", "timm")
 # Functions, unlike network classes, can do anything: only those that build a network are called.
@@ -187,7 +188,7 @@ def _gives_a_network(target: Any) -> bool:
 
 
 def architecture(model: nn.Module) -> dict[str, Any]:
-    """A finished network as the model it began with and the layers that were wrapped or replaced since.
+    """A finished network as the model it began with and the layers that were wrapped, replaced or resized since.
 
     Raises:
         UserError: the model it began with cannot be written down.
@@ -212,7 +213,7 @@ def _changes(base: nn.Module, final: nn.Module, path: str) -> Iterator[dict[str,
     inner = final
     while isinstance(inner, Wrapper):
         inner = inner.layer
-    if type(inner) is not type(base) or _sizes(inner) != _sizes(base):
+    if type(inner) is not type(base):
         yield {"path": path, "module": describe(final)}
         return
     kept = dict(base.named_children())
@@ -222,14 +223,10 @@ def _changes(base: nn.Module, final: nn.Module, path: str) -> Iterator[dict[str,
             yield from _changes(kept[name], child, where)
         else:
             yield {"path": where, "module": describe(child)}
+    if resized := sizes_of(base, inner):
+        yield {"path": path, **resized}
     if isinstance(final, Wrapper):
         yield {"path": path, "module": _wrapping(final)}
-
-
-def _sizes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """The shapes of a layer's own tensors, by which one that grew or shrank is told from the one it was."""
-    own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-    return {name: tuple(tensor.shape) for name, tensor in own}
 
 
 def _wrapping(module: nn.Module) -> dict[str, Any]:
@@ -254,6 +251,9 @@ def rebuild(record: dict[str, Any], allow: Sequence[str] = ()) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise UserError("this architecture record's `model` is no network")
     for change in record.get("changes", []):
+        if "shapes" in change:
+            resize(find(model, change["path"]), change)
+            continue
         old = model.get_submodule(change["path"]) if _has(model, change["path"]) else None
         model = swap(model, change["path"], build(_filled(change["module"], old), allow))
     return model

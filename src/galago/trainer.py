@@ -21,7 +21,6 @@ from galago.batch import Batch, Step
 from galago.checkpoint import Position, keep_random_state, restore, save
 from galago.data import Data
 from galago.errors import UserError
-from galago.layers import sizes
 from galago.method import Forward, Method
 from galago.run import Run
 from galago.schedule import Schedule
@@ -163,13 +162,12 @@ def fit(
         if plan.patience is not None and position.stale > plan.patience:
             break
         if position.batch == 0:
-            before = sizes(learner.model)
             for method in learner.ideas:
                 learner.model = method.epoch(learner.model, epoch)
-            if sizes(learner.model) != before:  # the best weights of a network of other sizes could not be restored
-                position = position._replace(best=None, stale=0)
         learner.follow_average()
-        optimizer = follow(learner, optimizer, factory)
+        followed = follow(learner, optimizer, factory)
+        if followed is not optimizer:  # a network of another structure: what was best before is no measure for it
+            optimizer, position = followed, position._replace(best=None, stale=0)
         position = train_epoch(learner, data, optimizer, schedule, position, plan, fabric, run, monitor)
         position = end_epoch(learner, optimizer, position, plan, fabric, run, monitor)
     if plan.restore_best and (best := run.load_checkpoint(run.best)) is not None:

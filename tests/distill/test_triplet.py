@@ -20,7 +20,6 @@ from galago.datasets.digits import Digits
 from galago.distill.distill import Distill
 from galago.distill.lesson import Seen, View
 from galago.distill.logits import SoftTargets
-from galago.distill.taps import CLASSIFIER, Taps
 from galago.distill.triplet import (
     All,
     BatchHard,
@@ -44,6 +43,7 @@ from galago.probe import Deployed, TaskMetrics
 from galago.quantize.lsq import LSQ, LSQWeight
 from galago.quantize.quantize import Quantize
 from galago.schedule import Cosine
+from galago.taps import CLASSIFIER, Taps
 from galago.tasks.classify import Classify
 from galago.testing import check_method, tiny_network
 from galago.trainer import Learner, finish, prepare

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from galago.batch import Batch, Step
 from galago.data import Data
 from galago.distill.lesson import Lesson, Seen, View, at
-from galago.distill.taps import Taps, resolved, stages, unnoticed
+from galago.distill.stages import resolved, stages
 from galago.distill.teacher import (
     AskedByBatch,
     answers,
@@ -47,6 +47,7 @@ from galago.distill.teacher import (
 from galago.errors import UserError
 from galago.method import Forward, Method
 from galago.probe import device_of, evaluating
+from galago.taps import Taps, unnoticed
 
 
 class Distill(Method):

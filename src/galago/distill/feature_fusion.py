@@ -58,7 +58,7 @@ from galago.distill.joint_training import (
 )
 from galago.distill.lesson import at
 from galago.distill.sizes import to_one_size
-from galago.distill.taps import stages
+from galago.distill.stages import stages
 from galago.errors import UserError
 from galago.layers import tap
 from galago.method import Forward, Method

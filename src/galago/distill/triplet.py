@@ -40,9 +40,9 @@ import torch
 from torch import Tensor
 
 from galago.distill.lesson import Lesson, Seen, View, pooled
-from galago.distill.taps import CLASSIFIER
 from galago.errors import UserError
 from galago.schedule import Schedule
+from galago.taps import CLASSIFIER
 
 
 class Triplets(NamedTuple):

@@ -105,11 +105,17 @@ class Subsample(nn.Module):
     def __init__(self, before: int, width: int, stride: int) -> None:
         super().__init__()
         self.before, self.width, self.stride = before, width, stride
+        self.first = (width - before) // 2
+        self.last = width - before - self.first
 
     def forward(self, x: Tensor) -> Tensor:
-        first = (self.width - self.before) // 2
-        last = self.width - self.before - first
-        return nn.functional.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, first, last))
+        return nn.functional.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.first, self.last))
+
+    def keep_channels(self, taken: Tensor, given: Tensor) -> None:
+        """Fewer channels, as `galago.sizes.Narrows` has it."""
+        first, last = given[: self.first], given[self.width - self.last :]
+        self.before, self.width = int(taken.sum()), int(given.sum())
+        self.first, self.last = int(first.sum()), int(last.sum())
 
 
 def _shortcut(before: int, width: int, stride: int, project: bool) -> nn.Module:
