@@ -79,11 +79,12 @@ LAST = {"FreezeOscillations", "Planting", "SignFlips"}  # which have to know all
 LAST |= {"NoiseInjection", "ParametricNoise"}  # which add noise in front of the quantizers that they find
 ALONE = {"CompactStructure"}  # which refuse quantizers beside them: a second run quantizes what they leave
 METHODS = {idea.name: idea.class_path for idea in ideas() if idea.kind == "method"}
-# A growing network: not with those that keep a number for each weight, as its page says. A branched one: by
+# A growing network: not with those that keep a number for each weight, or run a layer twice. A branched one: by
 # one method only.
 APART = [
     {"FeatureFusion", "NativeEnsemble"},
     {"Planting", "FreezeOscillations"},
+    {"Planting", "ParametricNoise"},
     {"Planting", "SignFlips"},
 ]
 PAIRS = sorted(pair for pair in permutations(METHODS, 2) if {*pair} not in APART)
@@ -121,7 +122,7 @@ def sample() -> list[tuple[str, str]]:
         return [pair for pair in PAIRS if together(*pair)]
     names = sorted(METHODS.keys() - ALONE)
     apart = [pair for name in sorted(ALONE) for pair in (("Distill", name), (name, "CutMix"))]
-    return [*zip(names, names[1:] + names[:1], strict=True), *apart]
+    return [*(pair for pair in zip(names, names[1:] + names[:1], strict=True) if {*pair} not in APART), *apart]
 
 
 def trial(*names: str) -> Trial:

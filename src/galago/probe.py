@@ -156,6 +156,12 @@ def device_of(module: nn.Module) -> torch.device:
     return torch.device("cpu") if tensor is None else tensor.device
 
 
+def normalized(data: Data, image: Tensor, device: torch.device) -> Tensor:
+    """Raw images as a network on a device sees them, wherever both are."""
+    seen: Tensor = data.normalize(image.to(device_of(data.normalize))).to(device)
+    return seen
+
+
 def shared(numbers: Numbers) -> Numbers:
     """The first process's numbers in all of them, so that all choose alike."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -18,7 +18,8 @@ from galago.data import Data
 from galago.errors import UserError
 from galago.probe import Probe
 from galago.run import Run
-from galago.spec import guard
+from galago.schedule import Schedule
+from galago.spec import describe, guard
 from galago.task import Task
 from galago.train import train
 
@@ -80,12 +81,23 @@ def parse(arguments: Sequence[str]) -> Namespace:
 
 def plain(config: Namespace) -> dict[str, Any]:
     """The resolved recipe as plain data: what is written into a run's folder."""
-    with warnings.catch_warnings(
-        action="error", category=UserWarning
-    ):  # or jsonargparse writes a remark in place of some numbers
-        text = parser().dump(config, skip_validation=True)
+    # errors, or jsonargparse writes a remark in place of some numbers
+    with warnings.catch_warnings(action="error", category=UserWarning):
+        text = parser().dump(_described(config), skip_validation=True)
     resolved: dict[str, Any] = yaml.safe_load(text)
     return {key: value for key, value in resolved.items() if key not in ("config", "restart")}
+
+
+def _described(value: Any) -> Any:
+    """The same with schedules as plain data: jsonargparse leaves them as they are where a number is allowed too."""
+    if isinstance(value, Namespace):
+        value = value.clone()
+        for name, one in vars(value).items():
+            value[name] = _described(one)
+        return value
+    if isinstance(value, list):
+        return [_described(one) for one in value]
+    return describe(value) if isinstance(value, Schedule) else value
 
 
 def instantiate(config: Namespace) -> Namespace:

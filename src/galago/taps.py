@@ -25,6 +25,7 @@ class Taps:
         model: the network.
         paths: of its layers, or CLASSIFIER for the embedding that its last linear layer takes in.
 
+    >>> import torch
     >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(inplace=True))
     >>> taps = Taps(net, ["0"])
     >>> output = net(-torch.ones(1, 2) * 9)
@@ -85,6 +86,7 @@ class Taps:
 def unnoticed() -> Iterator[None]:
     """Whatever a network is given within this `with`, all taps keep what its layers gave before.
 
+    >>> import torch
     >>> net = nn.Sequential(nn.ReLU())
     >>> taps = Taps(net, ["0"])
     >>> kept = net(torch.ones(1))

@@ -20,6 +20,7 @@ exponential profile).
 from __future__ import annotations
 
 import copy
+from abc import ABC
 
 import torch
 from torch import Tensor
@@ -82,7 +83,7 @@ class Relabeled(Source):
         return self.source.fit(image)
 
 
-class Degraded(Data):
+class Degraded(Data, ABC):
     """A data set with another training set. Abstract: what is done to it is a subclass's matter.
 
     Args:

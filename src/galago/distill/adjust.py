@@ -44,7 +44,7 @@ from galago.distill.lesson import Lesson, Seen, View
 from galago.distill.teacher import require_classes, require_same_normalization, scores
 from galago.errors import UserError
 from galago.method import Forward, Method
-from galago.probe import device_of
+from galago.probe import device_of, normalized
 
 
 def shifted(rows: Tensor, label: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ class AdjustedTargets(Method):
             UserError: it knows other classes or another normalization, or is damaged.
         """
         require_same_normalization(self.teacher, data.normalize)
-        image = data.normalize(data.example()[:1]).to(device_of(model))
+        image = normalized(data, data.example()[:1], device_of(model))
         self.teacher.to(image.device)
         with torch.no_grad():
             require_classes(scores(self.teacher(image)), len(data.classes))

@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_map
 from galago.data import Data
 from galago.errors import UserError
 from galago.layers import Wrapper, find, flow, swap
-from galago.probe import device_of, evaluating
+from galago.probe import device_of, evaluating, normalized
 from galago.quantize.layer import QuantLayer, QuantOutput
 from galago.quantize.quantizer import Quantizer
 
@@ -186,8 +186,7 @@ def first_batch(data: Data, device: torch.device) -> Tensor:
         UserError: there is none.
     """
     for batch in data.train():
-        seen: Tensor = data.normalize(batch.input.to(device_of(data.normalize))).to(device)
-        return seen
+        return normalized(data, batch.input, device)
     raise UserError("the data give no training batch to set ranges on; make batch_size smaller")
 
 

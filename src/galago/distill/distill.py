@@ -46,7 +46,7 @@ from galago.distill.teacher import (
 )
 from galago.errors import UserError
 from galago.method import Forward, Method
-from galago.probe import device_of, evaluating
+from galago.probe import device_of, evaluating, normalized
 from galago.taps import Taps, unnoticed
 
 
@@ -93,7 +93,7 @@ class Distill(Method):
         if isinstance(self.teacher, AskedByBatch):
             self.teacher.images = data.images
         device = device_of(model)
-        image = data.normalize(data.example()[:1].to(device_of(data.normalize))).to(device)
+        image = normalized(data, data.example()[:1], device)
         self.teacher.to(device)
         with evaluating(model), torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
             self._resolve(model, image)

@@ -17,7 +17,7 @@ from galago.distill.teacher import scores
 from galago.errors import UserError
 from galago.layers import find, flow, swap
 from galago.method import Forward
-from galago.probe import device_of, evaluating
+from galago.probe import device_of, evaluating, normalized
 from galago.quantize.layer import QuantLayer, QuantOutput
 
 
@@ -85,7 +85,7 @@ def require_recorded(model: nn.Module, method: str) -> None:
 
 def examples(data: Data, device: torch.device, count: int) -> Tensor:
     """The example so many times, normalized. As many as there are branches show any mixing-up of their batches."""
-    image: Tensor = data.normalize(data.example()[:1].to(device_of(data.normalize))).to(device)
+    image = normalized(data, data.example()[:1], device)
     return image.repeat(count, *[1] * (image.ndim - 1))
 
 

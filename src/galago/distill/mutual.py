@@ -45,7 +45,7 @@ from galago.distill.teacher import scores
 from galago.errors import UserError
 from galago.layers import removing
 from galago.method import Forward, Method
-from galago.probe import device_of, evaluating
+from galago.probe import device_of, evaluating, normalized
 
 
 def mutual_divergence(said: Sequence[Tensor], learner: int) -> Tensor:
@@ -106,8 +106,7 @@ class MutualLearning(Method):
                 "MutualLearning: sequential updates run in one process; set devices: 1 or sequential: false"
             )
         networks = [model, *self.peers.to(device_of(model))]
-        image = data.normalize(data.example()[:1])
-        require_same_classes(networks, image.to(device_of(model)))
+        require_same_classes(networks, normalized(data, data.example()[:1], device_of(model)))
         require_different_weights(networks)
         return model
 

@@ -59,7 +59,7 @@ from galago.draws import MeanOfDraws
 from galago.errors import UserError
 from galago.layers import Wrapper, flow
 from galago.method import Forward, Method
-from galago.probe import device_of, evaluating
+from galago.probe import device_of, evaluating, normalized
 from galago.schedule import Constant, Schedule
 
 KEPT = 0.9  # of the running variance in a training step
@@ -189,7 +189,7 @@ class NoiseInjection(Method):
             UserError: a pattern matches nothing, or what it matches gives no channels.
         """
         device = device_of(model)
-        image = data.normalize(data.example().to(device_of(data.normalize))).to(device)
+        image = normalized(data, data.example(), device)
         with evaluating(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
             channels = channels_given(flow(model, image), chosen(model, self.layers))
         self._names, self._quantized = [place.name for place in channels], bool(quantized(model))

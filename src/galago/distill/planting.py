@@ -63,7 +63,7 @@ from galago.distill.widen import Junction, Plant, first_filters, widen
 from galago.errors import UserError
 from galago.layers import find, innermost
 from galago.method import Forward, Method
-from galago.probe import device_of, evaluating, shared
+from galago.probe import device_of, evaluating, normalized, shared
 
 
 class Price(Enum):
@@ -152,8 +152,7 @@ class Planting(Method):
 
     def _find(self, model: nn.Module) -> dict[str, str]:
         """Sets the places that may grow; why others cannot, by path."""
-        normalize = self._data.normalize
-        image = normalize(self._data.example()[:1].to(device_of(normalize))).to(device_of(model))
+        image = normalized(self._data, self._data.example()[:1], device_of(model))
         compared = [path for part in self.distill.modules() if isinstance(part, Lesson) for path in part.paths]
         found, reasons = junctions(model, image, self.channels, compared)
         self._places = allowed(found, reasons, self.layers)

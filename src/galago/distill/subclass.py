@@ -49,7 +49,7 @@ from galago.distill.stages import resolved, stages
 from galago.distill.teacher import scores
 from galago.errors import UserError
 from galago.method import Forward, Method
-from galago.probe import device_of, evaluating
+from galago.probe import device_of, evaluating, normalized
 from galago.schedule import RampUp, Schedule
 from galago.taps import CLASSIFIER, Taps
 
@@ -166,7 +166,7 @@ class SubclassDistillation(Method):
             UserError: there is no such layer, or none is named and the network has no linear one.
         """
         device = device_of(model)
-        image = data.normalize(data.example()[:1].to(device_of(data.normalize))).to(device)
+        image = normalized(data, data.example()[:1], device)
         with evaluating(model), torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
             found = stages(model, image) if isinstance(self.layer, int) else []
             self._taps = Taps(model, resolved([self.layer], found, "SubclassDistillation: the model"))

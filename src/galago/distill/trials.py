@@ -16,7 +16,7 @@ from galago.data import Data
 from galago.distill.distill import Distill
 from galago.distill.teacher import scores
 from galago.distill.widen import Junction, Plant, widen
-from galago.probe import device_of, evaluating
+from galago.probe import device_of, evaluating, normalized
 from galago.schedule import Cosine
 
 MOMENTUM = 0.9
@@ -99,6 +99,5 @@ class Trials:
 
     def seen(self, batch: Batch, device: torch.device) -> Batch:
         """A batch as the model sees it."""
-        image = self.data.normalize(batch.input.to(device_of(self.data.normalize)))
         extra = {name: tensor.to(device) for name, tensor in batch.extra.items()}
-        return Batch(image.to(device), batch.target.to(device), extra)
+        return Batch(normalized(self.data, batch.input, device), batch.target.to(device), extra)

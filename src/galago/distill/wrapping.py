@@ -17,7 +17,7 @@ from torch import nn
 from galago.data import Data
 from galago.errors import UserError
 from galago.layers import Flow, Wrapper, find, must_match, swap
-from galago.probe import device_of
+from galago.probe import device_of, normalized
 from galago.quantize.fold import normalizes_then_activates
 from galago.quantize.layer import QuantLayer, QuantOutput
 from galago.quantize.quantizer import Quantizer
@@ -169,8 +169,7 @@ def set_ranges_again(model: nn.Module, data: Data) -> None:
         torch.manual_seed(data.seed)
         for part in awake:
             part.observing = True
-        image = next(iter(data.train())).input.to(device_of(data.normalize))
-        model.train()(data.normalize(image).to(device))
+        model.train()(normalized(data, next(iter(data.train())).input, device))
     for module, training in modes:
         module.training = training
     for buffer, before in statistics:

@@ -52,7 +52,7 @@ from galago.data import Data
 from galago.errors import UserError
 from galago.layers import find, innermost
 from galago.method import Forward, Method
-from galago.probe import device_of
+from galago.probe import device_of, normalized
 from galago.prune.blocks import Block, shared_out, shares, table
 from galago.prune.cost import Operations, Resource
 from galago.prune.full import FullNetwork
@@ -166,7 +166,7 @@ class CompactStructure(Method):
             UserError: the network is quantized, nothing of it can be cut, or a target cannot be met.
         """
         require_float(model)
-        image = data.normalize(data.example()[:1]).to(device_of(model))
+        image = normalized(data, data.example()[:1], device_of(model))
         self.groups = survey(model, image)
         if self.groups.count == 0:
             raise UserError(f"CompactStructure finds no channel that it could cut: {self.groups.reasons()}")

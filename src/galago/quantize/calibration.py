@@ -12,13 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from galago.data import Data
 from galago.errors import UserError
-from galago.probe import device_of
-
-
-def normalized(data: Data, image: Tensor, device: torch.device) -> Tensor:
-    """Raw images as the network sees them."""
-    seen: Tensor = data.normalize(image.to(device_of(data.normalize))).to(device)
-    return seen
+from galago.probe import device_of, normalized
 
 
 def first_inputs(data: Data, batches: int, device: torch.device) -> Tensor:

@@ -39,8 +39,8 @@ from galago.data import Data
 from galago.errors import UserError
 from galago.layers import find, flow
 from galago.method import Method
-from galago.probe import device_of
-from galago.quantize.calibration import first_inputs, normalized
+from galago.probe import device_of, normalized
+from galago.quantize.calibration import first_inputs
 from galago.quantize.fold import following_norm
 from galago.quantize.graph import CONVOLUTIONS
 from galago.quantize.layer import QuantLayer

@@ -37,8 +37,7 @@ from galago.data import Data
 from galago.errors import UserError
 from galago.layers import Call, find, swap
 from galago.method import Method
-from galago.probe import device_of
-from galago.quantize.calibration import normalized
+from galago.probe import device_of, normalized
 from galago.quantize.fold import FoldedNorm, fold_norm, following_norm
 from galago.quantize.graph import CONVOLUTIONS, Graph, look, obstacle
 from galago.quantize.layer import QuantLayer

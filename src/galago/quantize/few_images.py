@@ -39,8 +39,7 @@ from galago.batch import Batch
 from galago.data import Data
 from galago.errors import UserError
 from galago.method import Method
-from galago.probe import device_of
-from galago.quantize.calibration import normalized
+from galago.probe import device_of, normalized
 from galago.quantize.reconstruction import (
     PASS,
     Errors,

@@ -43,9 +43,9 @@ from galago.data import Data
 from galago.errors import UserError
 from galago.layers import must_match
 from galago.method import Method
-from galago.probe import device_of, evaluating, shared
+from galago.probe import device_of, evaluating, normalized, shared
 from galago.quantize.budget import cheapest
-from galago.quantize.calibration import first_inputs, normalized, undisturbed
+from galago.quantize.calibration import first_inputs, undisturbed
 from galago.quantize.graph import look
 from galago.quantize.layer import QuantLayer
 from galago.quantize.patterns import edge_layers, matches

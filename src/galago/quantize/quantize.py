@@ -34,8 +34,8 @@ from galago.data import Data
 from galago.errors import UserError
 from galago.layers import must_match
 from galago.method import Method
-from galago.probe import device_of
-from galago.quantize.calibration import first_inputs, normalized
+from galago.probe import device_of, normalized
+from galago.quantize.calibration import first_inputs
 from galago.quantize.graph import LAYERS, Graph, look, obstacle
 from galago.quantize.inventory import Row, table
 from galago.quantize.layer import QuantLayer

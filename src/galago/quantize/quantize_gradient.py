@@ -37,8 +37,7 @@ from galago.data import Data
 from galago.errors import UserError
 from galago.layers import must_match, swap
 from galago.method import Forward, Method
-from galago.probe import device_of
-from galago.quantize.calibration import normalized
+from galago.probe import device_of, normalized
 from galago.quantize.gradient_quantizer import (
     GradientQuantizer,
     QuantGradient,

@@ -32,8 +32,7 @@ from galago.console import watched
 from galago.data import Data
 from galago.errors import UserError
 from galago.method import Method
-from galago.probe import device_of, evaluating
-from galago.quantize.calibration import normalized
+from galago.probe import device_of, evaluating, normalized
 from galago.quantize.rest import restable
 
 
