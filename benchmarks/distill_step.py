@@ -25,6 +25,8 @@ from torch import Tensor, nn
 
 from galago.batch import Batch
 from galago.distill.attention import Attention
+from galago.distill.boundary import BoundarySamples
+from galago.distill.contrastive import Contrastive
 from galago.distill.correlation import Correlation
 from galago.distill.decoupled import Decoupled
 from galago.distill.distill import Distill
@@ -48,11 +50,15 @@ LESSONS: dict[str, Callable[[], Lesson]] = {
     "SolutionFlow": SolutionFlow,
     "Relations": Relations,
     "Similarity": Similarity,
+    "Contrastive": Contrastive,
+    "BoundarySamples": BoundarySamples,
 }
 
 
 class Images(TinyImages):
-    """Data of which only the size of an image is asked."""
+    """Data of which only the size of an image and the number of images is asked."""
+
+    images = 50000
 
     def example(self) -> Tensor:
         return torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
@@ -133,13 +139,14 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=LESSONS, default=list(LESSONS), help="these losses")
     chosen = parser.parse_args()
     torch._dynamo.config.recompile_limit = 100  # as many networks of one class as there are variants
+    torch._dynamo.config.skip_nnmodule_hook_guards = False  # which differ in their hooks
     torch.manual_seed(0)
     images = torch.randn(chosen.batch, 3, 32, 32, device=chosen.device).contiguous(memory_format=torch.channels_last)
     labels = nn.functional.one_hot(torch.randint(10, (chosen.batch,), device=chosen.device), 10).float()
     teacher = resnet56()
     methods: dict[str, Method | None] = {"plain": None, "teacher": TeacherAlone(copy.deepcopy(teacher))}
     methods |= {name: Distill(copy.deepcopy(teacher), [LESSONS[name]()]) for name in chosen.only}
-    batch = Batch(images, labels)
+    batch = Batch(images, labels, {"index": torch.arange(chosen.batch, device=chosen.device)})
     steps = {name: step_of(method, batch, chosen.bf16, chosen.compile) for name, method in methods.items()}
     times = measured(steps, chosen.steps)
     memory = {name: most_memory(step, chosen.device) for name, step in steps.items()}

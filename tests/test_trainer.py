@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
 from galago.batch import Batch, Step
+from galago.data import Data
 from galago.errors import UserError
 from galago.method import Forward, Method
 from galago.quantize.quantizer import OwnRates
@@ -256,3 +257,30 @@ def test_warm_up_and_cosine_are_continuous():
 def test_the_plan_is_frozen():
     with pytest.raises(AttributeError):
         Plan(epochs=1).epochs = 2  # type: ignore[misc]
+
+
+class Watched(Method):
+    """Keeps how many images of each training batch a layer gave out, by a hook."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
+    def prepare(self, model: nn.Module, data: Data) -> nn.Module:
+        def keep(layer: nn.Module, inputs: object, output: Tensor) -> None:
+            if layer.training:
+                self.seen.append(len(output))
+
+        model.get_submodule("conv1").register_forward_hook(keep)
+        return model
+
+
+def test_a_compiled_network_has_its_hooks_though_another_of_its_class_was_compiled_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda module: compiled(module, backend="eager"))
+    train(SmallNet(), Classify(2), Stripes(), tmp_path / "first", epochs=1, compile=True)
+    watched = Watched()
+    train(SmallNet(), Classify(2), Stripes(), tmp_path / "second", epochs=1, compile=True, methods=[watched])
+    assert watched.seen == [16, 16, 16]

@@ -154,6 +154,7 @@ def fit(
     prepare(learner, data, saved)
     monitor.prepared(learner.ideas)
     if compile_model:
+        torch.compiler.reset()  # or code for an earlier network of this class would run, without the hooks of this one
         learner.model.compile()
     optimizer = new_optimizer(learner, factory)
     position = Position() if saved is None else restore(learner, optimizer, saved, fabric)
