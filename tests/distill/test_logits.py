@@ -33,10 +33,10 @@ class Images(Data):
     normalize = Normalize([0.5], [0.25])
 
     def train(self, epoch: int = 0, start: int = 0) -> Loader:
-        raise NotImplementedError
+        raise AssertionError("nothing but the example is needed before training")
 
     def validation(self) -> Loader:
-        raise NotImplementedError
+        raise AssertionError("nothing but the example is needed before training")
 
     def example(self) -> Tensor:
         return torch.full((1, 1, 4, 4), 100, dtype=torch.uint8)

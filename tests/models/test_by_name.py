@@ -59,7 +59,8 @@ class Offline:
     def __call__(self, name: str, weights: str | None = None, **options: object) -> nn.Module:
         if weights is not None:
             raise OSError("<urlopen error [Errno -2] Name or service not known>")
-        return self.real(name, weights=None, **options)  # type: ignore[no-any-return]
+        made: nn.Module = self.real(name, weights=None, **options)
+        return made
 
 
 def test_torchvision_offline_is_a_message_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
