@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from quantizers import read, spread
+from quantizers import claimed, read, spread
 from rich.console import Console
 from rich.table import Table
 
@@ -77,17 +77,11 @@ def train(name: str, seed: int, chosen: argparse.Namespace) -> None:
     run = folder(name, seed, chosen)
     if "model" in read(run / "metrics.json"):
         return
-    run.parent.mkdir(parents=True, exist_ok=True)
-    claim, written = run.with_suffix(".claim"), run.with_suffix(".yaml")
-    try:
-        claim.touch(exist_ok=False)
-    except FileExistsError:
-        return
-    try:
-        written.write_text(yaml.safe_dump(recipe(name, seed, chosen), sort_keys=False))
-        galago("train", "--config", str(written))
-    finally:
-        claim.unlink()
+    with claimed(run) as mine:
+        if mine:
+            written = run.with_suffix(".yaml")
+            written.write_text(yaml.safe_dump(recipe(name, seed, chosen), sort_keys=False))
+            galago("train", "--config", str(written))
 
 
 def galago(*arguments: str) -> None:

@@ -19,6 +19,8 @@ import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -99,15 +101,11 @@ def ship(name: str, bits: int, seed: int, chosen: argparse.Namespace) -> None:
     run = folder(name, bits, seed, chosen)
     if done(run):
         return
-    run.parent.mkdir(parents=True, exist_ok=True)
-    claim, written = run.with_suffix(".claim"), run.with_suffix(".yaml")
-    try:
-        claim.touch(exist_ok=False)
-    except FileExistsError:
-        return
-    try:
+    with claimed(run) as mine:
+        if not mine:
+            return
+        written, of_run = run.with_suffix(".yaml"), ["--run", str(run)]
         written.write_text(yaml.safe_dump(recipe(name, bits, seed, chosen), sort_keys=False))
-        of_run = ["--run", str(run)]
         for command in (
             ["train", "--config", str(written)],
             ["export", *of_run],
@@ -116,6 +114,20 @@ def ship(name: str, bits: int, seed: int, chosen: argparse.Namespace) -> None:
             ["measure", *of_run, "--artifact", str(run / "model.onnx"), "--latency", "true"],
         ):
             subprocess.run([sys.executable, "-m", "galago.cli", *command], check=False)
+
+
+@contextmanager
+def claimed(run: Path) -> Iterator[bool]:
+    """Whether a run is this process's to do; another process of the same command leaves it alone meanwhile."""
+    run.parent.mkdir(parents=True, exist_ok=True)
+    claim = run.with_suffix(".claim")
+    try:
+        claim.touch(exist_ok=False)
+    except FileExistsError:
+        yield False
+        return
+    try:
+        yield True
     finally:
         claim.unlink()
 
