@@ -7,7 +7,7 @@ a PyTorch model behind its normalization (`Deployed`) or a file run by an engine
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
@@ -19,6 +19,8 @@ from galago.data import Data, Loader
 from galago.task import Task
 
 Numbers = TypeVar("Numbers")
+
+TEST, VALIDATION = "test", "validation"  # views that any probe may ask for
 
 
 class Deployed(nn.Module):
@@ -67,6 +69,25 @@ class OutputProbe(Probe):
 
     def __call__(self, deployed: nn.Module, task: Task, data: Data) -> dict[str, float]:
         return self.score(collect(deployed, data.test()), task)
+
+
+class ViewsProbe(Probe):
+    """A probe that needs outputs on several sets of images, each of which can be stored and shared by its name.
+
+    A view's name says all that decides its images (`corrupted/fog/3`), apart from the data set: whatever has been
+    stored under it is not computed again. `TEST` and `VALIDATION` are the data set's own images.
+    """
+
+    @abstractmethod
+    def views(self, data: Data) -> dict[str, Loader]:
+        """The sets of images by name; cheap to make, nothing is loaded before a view is iterated."""
+
+    @abstractmethod
+    def score(self, outputs: Mapping[str, Outputs], task: Task) -> dict[str, float]:
+        """Name to value, from stored outputs of each view."""
+
+    def __call__(self, deployed: nn.Module, task: Task, data: Data) -> dict[str, float]:
+        return self.score({name: collect(deployed, view) for name, view in self.views(data).items()}, task)
 
 
 class TaskMetrics(OutputProbe):
