@@ -18,6 +18,7 @@ KINDS = {
     "Lesson": "distillation loss",
     "Probe": "probe",
     "OutputProbe": "probe",
+    "ViewsProbe": "probe",
     "Task": "task",
     "Data": "data set",
     "ImageData": "data set",
