@@ -42,7 +42,7 @@ BASES = {
 # The promise of every quantizer and of every neuron: what is quantized, and what spikes, can be recognized anywhere.
 PROMISE = {"quantize.quantizer", "quantize.gradient_quantizer", "quantize.layer", "quantize.fold", "models.lif"}
 # These put ideas to use; they are no ideas, and no idea imports them.
-COMMANDS = {"cli", "commands", "measure", "ship"}
+COMMANDS = {"cli", "commands", "measure", "ship", "trust"}
 # The user's own names, passed on as they are: losses of a step, attributes of an ONNX node.
 NAMES_TO_PASS_ON = {"Step.add", "Packer.add"}
 LAWS = {"testing", *(name for name in NAMES.values() if name.startswith("laws."))}

@@ -106,6 +106,31 @@ def test_from_the_trained_run_to_proved_files_and_a_report(journey: Path, capsys
     assert "QLinearConv" in capsys.readouterr().out
 
 
+def test_trust_is_measured_before_after_and_in_the_files_and_goes_on_where_it_was(
+    journey: Path, capsys: pytest.CaptureFixture[str]
+):
+    run = journey / "parts"
+    assert cli.main(["export", "--run", str(run)]) == 0
+    asked = ["trust", "--run", str(run), "--against", str(journey / "whole"), "--rounds", "20", "--severities", "[5]"]
+    assert cli.main([*asked, "--images", "60"]) == 0
+    written = json.loads((run / "trust.json").read_text())
+    assert [written[key] for key in ("images", "severities", "rounds")] == [60, [5], 20]
+    found = {(row["form"], row["metric"]): row for row in written["rows"]}
+    for metric in ("accuracy", "ece", "aurc_confidence", "corruption_error"):
+        values = [found[form, metric] for form in ("before", "model", "onnx", "openvino")]
+        assert all(row["low"] <= row["value"] <= row["high"] for row in values if metric == "accuracy")
+        assert values[0]["value"] == values[1]["value"], "two runs of the same bits"
+    assert found["model", "linf_0.0314_pgd_accuracy"]["low"] is None, "no matter of stored outputs"
+    assert ("onnx", "linf_0.0314_pgd_accuracy") not in found, "a file has no gradients"
+    capsys.readouterr()
+    times = {path: path.stat().st_mtime_ns for path in (run / "trust").glob("*/*")}
+    assert cli.main([*asked, "--images", "60"]) == 0
+    assert times == {path: path.stat().st_mtime_ns for path in (run / "trust").glob("*/*")}, "nothing is asked twice"
+    assert json.loads((run / "trust.json").read_text()) == written
+    assert cli.main([*asked, "--images", "40"]) == 0, "other images are asked about"
+    assert json.loads((run / "trust.json").read_text())["images"] == 40
+
+
 def test_a_damaged_file_fails_verification_with_exit_code_1(journey: Path):
     """One weight scale of the finished model doubled: the file no longer is what was trained."""
     run = journey / "whole"

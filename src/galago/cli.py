@@ -1,4 +1,4 @@
-"""The command line: `galago train | ship | check | measure | export | verify | report | inspect | methods`.
+"""The command line: `galago train | ship | check | measure | trust | export | verify | report | inspect | methods`.
 
 Nothing heavy is imported until a command is chosen, so that `galago --help` answers at once. Each command is a typed
 function of `galago.commands`; its docstring and signature are its help.
@@ -15,6 +15,7 @@ COMMANDS = {
     "ship": "train, export, verify, measure and report, with all that the recipe needs",
     "check": "say what a recipe would do, layer by layer, before training",
     "measure": "measure a run's model, or the file made from it",
+    "trust": "measure calibration, robustness and unknown images: before, after, and in the files",
     "export": "write a run's model as integer files for ONNX Runtime and OpenVINO",
     "verify": "prove that the files equal the trained model",
     "report": "write a run's report as one page of HTML",

@@ -119,6 +119,39 @@ def measure_command(
     return 0
 
 
+def trust_command(
+    run: Path,
+    against: Path | None = None,
+    images: int | None = None,
+    severities: Sequence[int] = (1, 2, 3, 4, 5),
+    rounds: int = 200,
+    data_root: Path | None = None,
+    allow: Sequence[str] = (),
+    json_output: bool = False,
+) -> int:
+    """Measure how far a run's network and its files can be trusted, beside the network that came before.
+
+    Args:
+        run: folder of a finished run; its files are measured too where they exist.
+        against: folder of the run that came before, a float teacher for instance.
+        images: how many test images; by default all.
+        severities: of corruptions, from 1 to 5.
+        rounds: how often the images are drawn again for the intervals.
+        data_root: where the images lie, if no longer where the recipe says.
+        allow: packages to import from besides galago, torch, torchvision and timm.
+        json_output: print what is written to trust.json rather than a table.
+    """
+    from galago.trust import trust_run
+    from galago.verdicts import show
+
+    found = trust_run(run, against, images, severities, rounds, None, data_root, allow)
+    if json_output:
+        print(json.dumps(found, indent=2))
+    elif found is not None:
+        show(found)
+    return 0
+
+
 def report_command(run: Path, against: Path | None = None) -> int:
     """Write a run's report, report.html: one page that holds everything and needs nothing else.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -103,13 +103,21 @@ class TaskMetrics(OutputProbe):
 
 def collect(deployed: nn.Module, batches: Loader) -> Outputs:
     """Runs every batch once, in evaluation mode, and keeps outputs and targets."""
-    device = device_of(deployed)
-    outputs, targets = [], []
-    with evaluating(deployed), torch.inference_mode():
+    return collect_each([deployed], batches)[0]
+
+
+def collect_each(networks: Sequence[nn.Module], batches: Loader) -> list[Outputs]:
+    """What each of several deployed networks says about the same batches, which are loaded once."""
+    found: list[list[Tensor]] = [[] for _ in networks]
+    targets = []
+    with ExitStack() as modes, torch.inference_mode():
+        for network in networks:
+            modes.enter_context(evaluating(network))
         for batch in batches:
-            outputs.append(deployed(batch.input.to(device)).float().cpu())
             targets.append(batch.target.cpu())
-    return Outputs(torch.cat(outputs).clone(), torch.cat(targets).clone())
+            for network, outputs in zip(networks, found, strict=True):
+                outputs.append(network(batch.input.to(device_of(network))).float().cpu())
+    return [Outputs(torch.cat(outputs).clone(), torch.cat(targets).clone()) for outputs in found]
 
 
 def spread(loader: Loader, images: int) -> list[Batch]:

@@ -81,8 +81,9 @@ class Run:
         """Removes what a run wrote, so that it starts over. Other files in the folder stay."""
         own = (self.recipe, self.info, self.log, self.last, self.best, self.weights, self.architecture, self.metrics)
         files = (self.verification, self.onnx, self.openvino, self.openvino.with_suffix(".bin"), self.report)
-        others = (self.folder / name for name in ("latency.json", "layers.json", "sensitivity.json"))
-        for path in (*own, *files, *others, *(self.folder / "predictions").glob("*.npz")):
+        others = (self.folder / name for name in ("latency.json", "layers.json", "sensitivity.json", "trust.json"))
+        stored = (*(self.folder / "predictions").glob("*.npz"), *(self.folder / "trust").glob("*/*"))
+        for path in (*own, *files, *others, *stored):
             path.unlink(missing_ok=True)
 
     def read_recipe(self) -> dict[str, Any]:

@@ -16,6 +16,10 @@ from galago.measure import measure_latency, measure_run
 from galago.probe import Deployed
 from galago.run import Run, load, normalization_of
 from galago.spec import packages
+from galago.trust import trust_run
+
+# For trust after each shipping: what the report then states; `galago trust` alone measures everything.
+IMAGES, SEVERITIES, SECONDS = 1000, (1, 3, 5), 300.0
 
 
 def ship(arguments: Sequence[str]) -> int:
@@ -36,6 +40,8 @@ def ship(arguments: Sequence[str]) -> int:
     for artifact in (None, Run(run).onnx, Run(run).openvino):
         measure_run(run, artifact, allow=allow)
     measure_latency(run, allow=allow)
+    say("— trust")
+    trust_run(run, needed[0] if needed else None, IMAGES, SEVERITIES, at_most=SECONDS, allow=allow)
     say(f"— report: {write_report(run, needed[0] if needed else None)}")
     return 0 if outcome["passed"] else 1
 

@@ -48,10 +48,35 @@ def fill(folder: Path, bits: int | None = 4, layers: int = 20) -> Path:
     put(folder, "metrics.json", metrics(bits))
     put(folder, "layers.json", layer_rows(bits, layers))
     if bits:
+        put(folder, "trust.json", trust())
         put(folder, "latency.json", {"image": "3×32×32", "rows": timings(), "advice": ADVICE})
         put(folder, "verify.json", verification(layers))
         put(folder, "sensitivity.json", sensitivity(layers))
     return folder
+
+
+def trust() -> dict[str, Any]:
+    """As `galago trust --against` writes it."""
+    numbers = {"accuracy": 0.91, "ece": 0.03, "corruption_error": 0.3, "auroc_energy": 0.9, "nll": 0.31, "mce": 0.4}
+    numbers |= {"corruption_error_fog": 0.2, "corruption_error_glass_blur": 0.5, "linf_0.0314_pgd_accuracy": 0.02}
+    forms = {"before": 1.0, "model": 0.98, "onnx": 0.98, "openvino": 0.98}
+    rows = [
+        {"form": form, "metric": metric, "value": factor * value, "low": 0.9 * value, "high": 1.1 * value}
+        for form, factor in forms.items()
+        for metric, value in numbers.items()
+    ]
+    change = {"from": "before", "to": "model", "value": -0.018, "low": -0.03, "high": -0.01}
+    chance = {"from": "before", "to": "model", "value": -0.0006, "low": -0.01, "high": 0.01}
+    return {
+        "before": "runs/teacher",
+        "images": 1000,
+        "severities": [1, 3, 5],
+        "rounds": 200,
+        "rows": rows,
+        "changes": [change | {"metric": "accuracy"}, chance | {"metric": "ece"}],
+        "alerts": ["Error on corrupted images moved by +3.0 points."],
+        "remarks": ["A remark."],
+    }
 
 
 ADVICE = "Fastest here for one image: integer, OpenVINO, 0.214 ms."

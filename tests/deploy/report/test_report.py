@@ -72,6 +72,7 @@ def test_a_full_run_shows_every_plot_and_table(write_run: Write) -> None:
         "Reliability: float, before",
         "Reliability: resnet20, after",
         "Error against coverage",
+        "Errors by corruption",
         "Bits of each layer",
         "Rounding error of each layer",
         "Each layer quantized alone",

@@ -95,6 +95,7 @@ class Record:
     layers: list[LayerNote]
     losses: Losses
     verification: dict[str, Any]
+    trust: dict[str, Any]
     predictions: dict[str, Predictions]
 
     @property
@@ -158,6 +159,7 @@ def read_record(folder: Path) -> Record:
         layers=[_layer(row) for row in _rows(_json(run.folder / "layers.json"), ROWS)],
         losses=_losses(_mapping(run.folder / "sensitivity.json")),
         verification=_mapping(run.verification),
+        trust=_mapping(run.folder / "trust.json"),
         predictions=read_predictions(run.folder / "predictions"),
     )
 

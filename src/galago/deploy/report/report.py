@@ -19,6 +19,7 @@ from galago.deploy.report.comparison import Cost, answers, what_it_cost
 from galago.deploy.report.drawing import Figure
 from galago.deploy.report.reading import RECIPE, ROWS, Record, number, read_record, text
 from galago.deploy.report.summary import cards, headline
+from galago.deploy.report.trust import trust
 from galago.deploy.report.wording import (
     ENGINES,
     FORMS,
@@ -109,6 +110,7 @@ def _contents(record: Record, against: Record | None, cost: Cost | None) -> dict
         "trade": _drawn(plots.accuracy_against_size(record, against), plots.accuracy_against_latency(record, against)),
         "reliability": _reliability(record, against),
         "scores": _scores(record),
+        "trust": trust(record.trust),
         "bars": plots.latency_bars(record),
         "layers": _drawn(
             layers.layer_bits(record.layers),
