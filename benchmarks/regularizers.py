@@ -1,0 +1,143 @@
+"""Every regularizer on one network and one short schedule: what each is worth for accuracy, and for trust.
+
+    python benchmarks/regularizers.py                            # all that is not done yet, then the table
+    python benchmarks/regularizers.py --only baseline cutmix rsc --seeds 0 1 2
+    python benchmarks/regularizers.py --table                    # only the table of what is done
+
+ResNet-20 from random weights on CIFAR-10. Each method is its recipe of `recipes/regularize/`, shortened: `--epochs` over
+`--per-class` images of each class, 5,000 further training images set aside, on which temperatures are fitted. Test
+images may be a thousand only: a point is ten of them. What is measured is what `galago trust` measures, corruptions
+of severities 1, 3 and 5 and, as images from outside, digits of MNIST, blood cells and uniform noise. Finished runs are
+skipped and interrupted ones continued, so the command can be given again, also twice at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from distillers import galago, held_out
+from quantizers import claimed, read, spread
+from rich.console import Console
+from rich.table import Table
+
+RECIPES = Path(__file__).parents[1] / "recipes" / "regularize"
+END = "_resnet20_cifar10"
+METHODS = sorted(path.stem.removesuffix(END) for path in RECIPES.glob(f"*{END}.yaml"))
+SHARED = Path("../shared/data")
+Recipe = dict[str, Any]
+
+
+def outside(chosen: argparse.Namespace) -> Recipe:
+    """Images that are none of CIFAR-10's classes: two other data sets and noise."""
+    digits = {"class_path": "galago.datasets.idx.MNIST", "init_args": {"root": str(Path(chosen.shared) / "mnist")}}
+    cells = {"class_path": "galago.datasets.image_folder.ImageFolder", "init_args": {"root": chosen.cells, "size": 32}}
+    sets = [
+        {"class_path": "galago.outside.OtherData", "init_args": {"name": "mnist", "data": digits}},
+        {"class_path": "galago.outside.OtherData", "init_args": {"name": "cells", "data": cells}},
+        {"class_path": "galago.outside_made_up.Uniform", "init_args": {"images": 1000}},
+    ]
+    return {"class_path": "galago.probes.out_of_distribution.OutOfDistribution", "init_args": {"outside": sets}}
+
+
+def recipe(name: str, seed: int, chosen: argparse.Namespace) -> Recipe:
+    """The recipe of one run."""
+    made: Recipe = yaml.safe_load((RECIPES / f"{name}{END}.yaml").read_text())
+    made |= {"run": str(folder(name, seed, chosen)), "seed": seed, "epochs": chosen.epochs, "probes": []}
+    innermost(made["data"]).update({"root": chosen.data, "hold_out": 5000, "per_class": chosen.per_class})
+    return made
+
+
+def innermost(data: Recipe) -> Recipe:
+    """The arguments of a data set, or of the one that it wraps."""
+    arguments: Recipe = data["init_args"]
+    return innermost(arguments["data"]) if "data" in arguments else arguments
+
+
+def folder(name: str, seed: int, chosen: argparse.Namespace) -> Path:
+    """Where a run lies."""
+    return Path(chosen.runs) / f"{chosen.epochs}_epochs_{chosen.per_class}" / f"{name}_seed{seed}"
+
+
+def train(name: str, seed: int, chosen: argparse.Namespace) -> None:
+    """One run, trained and measured, unless it is done or another process of this command is at it."""
+    run = folder(name, seed, chosen)
+    if (run / "trust.json").exists():
+        return
+    with claimed(run) as mine:
+        if mine:
+            written = run.with_suffix(".yaml")
+            written.write_text(yaml.safe_dump(recipe(name, seed, chosen), sort_keys=False))
+            galago("train", "--config", str(written))
+            if (run / "model.safetensors").exists():
+                measure(run, chosen)
+
+
+def measure(run: Path, chosen: argparse.Namespace) -> None:
+    """Trust, with the images from outside among the run's probes."""
+    of_run = yaml.safe_load((run / "recipe.yaml").read_text())
+    (run / "recipe.yaml").write_text(yaml.safe_dump(of_run | {"probes": [outside(chosen)]}, sort_keys=False))
+    galago("trust", "--run", str(run), "--images", "1000", "--severities", "[1,3,5]", "--rounds", "50")
+
+
+def numbers(run: Path) -> dict[str, float]:
+    """What trust.json says of the trained network, and the accuracy on the images that were set aside."""
+    rows = read(run / "trust.json").get("rows", [])
+    return {row["metric"]: row["value"] for row in rows if row["form"] == "model"} | {"held_out": held_out(run)}
+
+
+COLUMNS = {
+    "held_out": ("held out: accuracy %", 100),
+    "accuracy": ("test: accuracy %", 100),
+    "ece": ("ECE %", 100),
+    "ece_scaled": ("ECE % after T", 100),
+    "temperature": ("T", 1),
+    "nll": ("NLL", 1),
+    "corruption_error": ("corruption error %", 100),
+    "auroc_msp_mean": ("AUROC % (MSP)", 100),
+    "auroc_energy_mean": ("AUROC % (energy)", 100),
+    "linf_0.0314_fgsm_accuracy": ("FGSM: accuracy %", 100),
+}
+
+
+def table(chosen: argparse.Namespace) -> Table:
+    """Mean and spread over seeds, a row a method."""
+    made = Table("method", "seeds", *(title for title, _ in COLUMNS.values()))
+    for name in chosen.only:
+        runs = [run for seed in chosen.seeds if ((run := folder(name, seed, chosen)) / "trust.json").exists()]
+        found = [numbers(run) for run in runs]
+        if found:
+            cells = [spread([scale * one[key] for one in found]) for key, (_, scale) in COLUMNS.items()]
+            made.add_row(name, str(len(found)), *cells)
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=METHODS, default=METHODS, help="these methods")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--per-class", type=int, default=2000, help="training images of each class")
+    parser.add_argument("--data", default="data", help="folder with CIFAR-10's binary files")
+    parser.add_argument("--shared", default=str(SHARED), help="folder with mnist")
+    parser.add_argument("--cells", default="data/cells", help="folder of recipes/bccd/crop_cells.py")
+    parser.add_argument("--runs", default="runs/regularizers", help="where runs are kept")
+    parser.add_argument("--table", action="store_true", help="train nothing, only show what is done")
+    parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    chosen = parser.parse_args()
+    if not chosen.table:
+        for seed in chosen.seeds:
+            for name in chosen.only:
+                train(name, seed, chosen)
+    if chosen.json:
+        runs = [folder(name, seed, chosen) for name in chosen.only for seed in chosen.seeds]
+        print(json.dumps({str(run): numbers(run) for run in runs if (run / "trust.json").exists()}, indent=2))
+    else:
+        Console(width=200).print(table(chosen))
+
+
+if __name__ == "__main__":
+    main()
