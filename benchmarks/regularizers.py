@@ -4,8 +4,8 @@
     python benchmarks/regularizers.py --only baseline cutmix rsc --seeds 0 1 2
     python benchmarks/regularizers.py --table                    # only the table of what is done
 
-ResNet-20 from random weights on CIFAR-10. Each method is its recipe of `recipes/regularize/`, shortened: `--epochs` over
-`--per-class` images of each class, 5,000 further training images set aside, on which temperatures are fitted. Test
+ResNet-20 from random weights on CIFAR-10. Each method is its recipe of `recipes/regularize/`, shortened: `--epochs`
+over `--per-class` images of each class, 5,000 further training images set aside, on which temperatures are fitted. Test
 images may be a thousand only: a point is ten of them. What is measured is what `galago trust` measures, corruptions
 of severities 1, 3 and 5 and, as images from outside, digits of MNIST, blood cells and uniform noise. Finished runs are
 skipped and interrupted ones continued, so the command can be given again, also twice at a time.

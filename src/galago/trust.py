@@ -107,8 +107,7 @@ def trust_run(
     parts = parts_of(files, allow, data_root)
     data = parts.data if images is None else Few(parts.data, images)
     subjects = list(_subjects(files, against, parts, data, allow))
-    probes = group(severities, against, parts.probes)
-    views = _views(probes, data)
+    probes, views, left_out = _views(group(severities, against, parts.probes), data)
     seconds = _seconds(subjects, views, data)
     say(f"{len(views)} sets of images, {', '.join(one.name for one in subjects)}: {_spoken(seconds)}")
     if at_most is not None and seconds > at_most:
@@ -123,7 +122,7 @@ def trust_run(
         "severities": list(severities),
         "rounds": rounds,
         **told(found),
-        "remarks": _remarks(data),
+        "remarks": [*left_out, *_remarks(data)],
     }
     write_json(files.folder / "trust.json", written)
     return written
@@ -165,13 +164,16 @@ def _subjects(files: Run, against: Path | None, parts: Parts, data: Data, allow:
             yield Subject(name, runtime.load(path), stored)
 
 
-def _views(probes: Sequence[Probe], data: Data) -> dict[str, Loader]:
-    """Every set of images that a probe asks for, once."""
-    views: dict[str, Loader] = {TEST: data.test()}
+def _views(probes: Sequence[Probe], data: Data) -> tuple[list[Probe], dict[str, Loader], list[str]]:
+    """The probes that these images are good for, every set of images that one asks for, and why others are left out."""
+    kept, views, left_out = [], {TEST: data.test()}, []
     for probe in probes:
-        if isinstance(probe, ViewsProbe):
-            views |= probe.views(data)
-    return views
+        try:
+            views |= probe.views(data) if isinstance(probe, ViewsProbe) else {}
+            kept.append(probe)
+        except UserError as error:
+            left_out.append(f"Not measured: {error}.")
+    return kept, views, left_out
 
 
 def _seconds(subjects: Sequence[Subject], views: Mapping[str, Loader], data: Data) -> float:
