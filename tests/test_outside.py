@@ -63,7 +63,7 @@ def test_nothing_is_loaded_before_a_view_is_iterated() -> None:
 
 
 def test_images_for_training_are_those_that_the_other_set_trains_on() -> None:
-    (wanted, *_), (found, *_) = DATA.train(), OtherData("own", DATA).training(DATA)
+    (wanted, *_), (found, *_) = DATA.plain(), OtherData("own", DATA).training(DATA)
     assert torch.equal(found.input, wanted.input)
 
 

@@ -78,7 +78,7 @@ class OtherData(Outside):
         return self._fitted(self.data.test(), data)
 
     def training(self, data: Data) -> Loader:
-        return self._fitted(self.data.train(), data)
+        return self._fitted(self.data.plain(), data)
 
     def _fitted(self, loader: Loader, data: Data) -> Loader:
         if not len(loader):

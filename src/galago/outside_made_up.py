@@ -127,7 +127,7 @@ class Permuted(Outside):
         return self._shuffled(data.test(), len(data.classes), 0)
 
     def training(self, data: Data) -> Loader:
-        return self._shuffled(data.train(), len(data.classes), 1)
+        return self._shuffled(data.plain(), len(data.classes), 1)
 
     def _shuffled(self, loader: Loader, classes: int, part: int) -> Loader:
         def make() -> Iterator[Tensor]:

@@ -1,7 +1,7 @@
-"""The features in front of a network's classifier, and which images measure and fit what is made of them.
+"""The features in front of a network's classifier, and those of training images, which others are compared with.
 
-Training images come as training gets them, shuffled and augmented: a data set offers no others, and the images for
-validation may be those for testing. Statistics of features hardly hang on it; with `augment: []` they are plain.
+Training images are plain, not augmented, as test images are: random crops changed the statistics of a network's
+features so much that test images looked like images from outside. Images for validation may be those for testing.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def embedding(deployed: Deployed) -> Iterator[Embed]:
 
 
 def training_batches(data: Data, images: int) -> Iterator[Batch]:
-    """The first batches of a shuffled epoch that hold so many images together; raw, all where there are no more."""
+    """The first of shuffled batches, that hold so many images together; raw, all where there are no more."""
     seen = 0
-    for batch in data.train():
+    for batch in data.plain():
         if seen >= images:
             return
         yield batch

@@ -15,8 +15,7 @@ When: features are worth more than scores, and classes are too crooked to be Gau
 and one over `images` of each set. A file gives no features, nor does an integer module: nothing is told of them.
 
 Usual setting: k = 50 of all of 50,000 training images, the benchmark's default, chosen on validation images from 50,
-100, 200, 500, 1000; fewer for a few hundred images. Here k = 50 of the first 5,000 of a shuffled epoch. No recipe of
-its own.
+100, 200, 500, 1000; fewer for a few hundred images. Here k = 50 of 5,000 that are drawn once. No recipe of its own.
 
 Chosen here: features that are all 0 stay so; training images are as `galago.probes.embedding` says. All in float64. The
 images are test images: choose nothing by these numbers.
