@@ -28,6 +28,8 @@ from galago.probes.out_of_distribution import (
     maximum_softmax,
     negative_entropy,
 )
+from galago.quantize.lsq import LSQ, LSQWeight
+from galago.quantize.quantize import Quantize
 from galago.spec import build, describe
 from galago.task import Task
 from galago.tasks.abstain import ClassifyOrAbstain
@@ -205,6 +207,14 @@ def test_it_obeys_the_laws() -> None:
         make_task=_abstaining,
         make_data=_TwoColors,
     )
+
+
+def test_a_quantized_network_and_its_file_give_the_same() -> None:
+    check_probe(lambda: OutOfDistribution(two_sets(), ALL), _quantized)
+
+
+def _quantized() -> nn.Module:
+    return Quantize(LSQWeight(4), LSQ(4)).prepare(trained_network(60), DATA).eval()
 
 
 class _TwoColors(TinyImages):

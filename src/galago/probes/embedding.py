@@ -18,7 +18,7 @@ from galago.errors import UserError
 from galago.probe import Deployed
 from galago.taps import CLASSIFIER, Taps
 
-Embed = Callable[[Tensor], Tensor]  # raw images to features N×d
+Embed = Callable[[Tensor], Tensor]  # raw images to features N×d, on the CPU, as not every device has float64
 
 
 @contextmanager
@@ -35,7 +35,7 @@ def embedding(deployed: Deployed) -> Iterator[Embed]:
     def embed(image: Tensor) -> Tensor:
         deployed(image)
         feature: Tensor = taps.values[CLASSIFIER]
-        return feature.flatten(1, -2).mean(1) if feature.ndim > 2 else feature
+        return (feature.flatten(1, -2).mean(1) if feature.ndim > 2 else feature).cpu()
 
     try:
         yield embed
@@ -61,14 +61,14 @@ def fitted_on(embed: Embed, data: Data, images: int, device: torch.device, whose
         embed: from raw images to features.
         data: where the images come from; the most likely class is an image's label.
         images: how many, up to whole batches.
-        device: of the network; what is returned lies there too.
+        device: of the network.
         whose: name of the score that they are for.
 
     Raises:
         UserError: there are none, or a feature is no number.
     """
     found = [
-        (embed(batch.input.to(device)).double(), batch.target.to(device).argmax(1))
+        (embed(batch.input.to(device)).double(), batch.target.cpu().argmax(1))
         for batch in training_batches(data, images)
     ]
     if not found:

@@ -41,7 +41,7 @@ from galago.task import Task, class_scores
 
 
 def odin(network: Callable[[Tensor], Tensor], image: Tensor, temperature: float, epsilon: float) -> Tensor:
-    """`max_k softmax(z(x̃) / T)_k`, N numbers, float64.
+    """`max_k softmax(z(x̃) / T)_k`, N numbers, float64, on the CPU, as not every device has that.
 
     Args:
         network: z, from images in [0, 1] to class scores N×K, in evaluation mode.
@@ -60,7 +60,7 @@ def odin(network: Callable[[Tensor], Tensor], image: Tensor, temperature: float,
 
     moved = stepped(image, loss, epsilon)
     with torch.no_grad():
-        scores = network(moved).double() / temperature
+        scores = network(moved).cpu().double() / temperature
     return scores.softmax(1).max(1).values
 
 
