@@ -29,6 +29,7 @@ from galago.errors import UserError
 from galago.laws.trial import TinyImages, Trial, classify, clone, exported, tiny_network
 from galago.layers import find
 from galago.method import Method
+from galago.outside_made_up import Blobs
 from galago.quantize.adaround import AdaRound
 from galago.quantize.brecq import BRECQ
 from galago.quantize.ewgs import EWGS
@@ -40,6 +41,7 @@ from galago.quantize.mixed_precision import MixedPrecision
 from galago.quantize.quantize import Quantize
 from galago.quantize.quantize_gradient import QuantizeGradient
 from galago.quantize.two_steps import StartFrom
+from galago.regularize.energy_margin import EnergyMargin
 from galago.run import Run
 from galago.trainer import finish
 
@@ -49,6 +51,7 @@ GIVEN: dict[str, Callable[[], Method]] = {
     "AdaRound": lambda: AdaRound(iterations=2, batches=1),
     "BRECQ": lambda: BRECQ(iterations=2, scale_iterations=2, batches=1),
     "Distill": lambda: Distill(tiny_network(), [SoftTargets(), Attention(1.0, layers=[-1]), Hints(1.0, layers=[-1])]),
+    "EnergyMargin": lambda: EnergyMargin(outside=[Blobs(images=20)]),
     "FeatureFusion": lambda: FeatureFusion(branch_at="down"),
     "FewImages": lambda: FewImages(iterations=2, batches=1),
     "MixedPrecision": lambda: MixedPrecision(mean_weight_bits=6, widths=(4, 8), edges=True),

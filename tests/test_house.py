@@ -33,6 +33,7 @@ BASES = {
     "distill": {"adjust", "branches", "distill", "divergence", "ensemble", "joint_training", "junctions", "lesson"}
     | {"sizes", "stages", "teacher", "trials", "widen", "wrapping"},
     "models": {"lif", "weights"},
+    "probes": {"detection", "embedding", "stepping"},
     "prune": {"blocks", "cost", "full", "groups", "moves", "products", "surgery", "survey", "ties"},
     "quantize": {"blocks", "calibration", "columns", "fold", "graph", "inventory", "layer", "learned_step", "patterns"}
     | {"placement", "plan", "quantizer", "ranges", "reconstruction", "rest", "rounding", "settle", "soft_rounding"}

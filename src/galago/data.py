@@ -66,6 +66,10 @@ class Data(ABC):
     def train(self, epoch: int = 0, start: int = 0) -> Loader:
         """Shuffled, augmented batches of `epoch`, beginning with batch number `start`."""
 
+    def plain(self) -> Loader:
+        """Training images unaugmented, shuffled once and for all; those of `train` where a data set has no others."""
+        return self.train()
+
     @abstractmethod
     def validation(self) -> Loader:
         """Unaugmented batches in a fixed order, for choosing among models."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from galago.batch import Batch
 from galago.data import Data, Loader
-from galago.task import Task
+from galago.task import Task, scores_of
 
 Numbers = TypeVar("Numbers")
 
@@ -183,6 +183,14 @@ def device_of(module: nn.Module) -> torch.device:
     """Where a module's tensors live; the CPU for one that has none."""
     tensor = next(module.parameters(), next(module.buffers(), None))
     return torch.device("cpu") if tensor is None else tensor.device
+
+
+def has_gradients(deployed: nn.Module, image: Tensor) -> bool:
+    """Whether what a network says can be differentiated with respect to raw images."""
+    if not isinstance(deployed, Deployed):
+        return False
+    with torch.enable_grad():
+        return scores_of(deployed((image / 255).requires_grad_())).requires_grad
 
 
 def normalized(data: Data, image: Tensor, device: torch.device) -> Tensor:

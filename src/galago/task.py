@@ -43,3 +43,8 @@ def scores_of(output: Any) -> Tensor:
     """The class scores N×K, of an output that may be a dict with auxiliary heads."""
     scores: Tensor = output["main"] if isinstance(output, dict) else output
     return scores
+
+
+def class_scores(output: Any, task: Task) -> Tensor:
+    """The scores of the classes alone, N×K: without that of a reservation, which comes last where there is one."""
+    return scores_of(output)[:, : task.decode(output).shape[1]]

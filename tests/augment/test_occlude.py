@@ -146,7 +146,8 @@ def test_what_else_a_batch_knows_is_kept() -> None:
 def test_all_images_that_a_model_is_judged_on_are_hidden() -> None:
     inner = Digits(hold_out=100)
     data = Occluded(inner, UpperHalf())
-    for found, whole in ((data.validation(), inner.validation()), (data.test(), inner.test())):
+    sets = (data.validation(), inner.validation()), (data.test(), inner.test()), (data.plain(), inner.plain())
+    for found, whole in sets:
         assert len(found) == len(whole)
         for one, other in zip(found, whole, strict=True):
             assert one.input.dtype == torch.uint8

@@ -53,6 +53,17 @@ def test_labels_stay_as_wrong_as_they_are_whatever_epoch_and_seed_of_the_run() -
     assert 0.3 < sum(first[i] != right[i] for i in first.keys() & right.keys()) / len(first) < 0.42
 
 
+def test_plain_training_images_are_those_of_the_damaged_set() -> None:
+    noisy, rare = NoisyLabels(Digits(), 0.4), Imbalanced(Digits(), 10.0)
+    seen = labels_of(noisy)
+    plain: dict[int, int] = {}
+    for batch in noisy.plain():
+        plain |= dict(zip(batch.extra["index"].tolist(), batch.target.argmax(1).tolist(), strict=True))
+    assert len(plain) == len(noisy.damaged.training.positions)
+    assert seen.items() <= plain.items()
+    assert sum(len(batch.input) for batch in rare.plain()) == len(rare.damaged.training.positions)
+
+
 def test_order_and_images_are_those_of_the_data_set_itself() -> None:
     plain, data = Digits(batch_size=32), NoisyLabels(Digits(batch_size=32), 0.5)
     plain.seed = data.seed = 5

@@ -149,6 +149,18 @@ def test_validation_is_whole_and_unaugmented_and_in_order() -> None:
     assert [len(batch.input) for batch in data.validation()] == [8, 8, 4]
 
 
+def test_plain_training_images_are_all_of_them_unaugmented_and_shuffled_once() -> None:
+    data = Numbers(augment=SLOW, hold_out=20)
+    batches = list(data.plain())
+    index = torch.cat([batch.extra["index"] for batch in batches])
+    assert sorted(index.tolist()) == sorted(data.training.positions.tolist()) != index.tolist()
+    for batch in batches:
+        assert torch.equal(batch.input, pixels(60).images[batch.extra["index"]])
+        assert torch.equal(batch.target.argmax(1), batch.extra["index"] % 4)
+    data.seed = 9
+    assert all(equal(one, other) for one, other in zip(batches, data.plain(), strict=True))
+
+
 def test_held_out_images_are_validated_on_and_never_trained_on() -> None:
     data = Numbers(hold_out=12)
     held, trained = indices(data.validation()), indices(data.train())

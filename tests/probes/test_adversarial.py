@@ -15,8 +15,8 @@ from galago.deploy.runtime import OnnxRuntime
 from galago.distill.noise_injection import NoiseInjection
 from galago.errors import UserError
 from galago.laws.trial import TinyImages, classify, tiny_network
-from galago.probe import Deployed, evaluating
-from galago.probes.adversarial import Adversarial, draws_noise, has_gradients, whole_levels
+from galago.probe import Deployed, evaluating, has_gradients
+from galago.probes.adversarial import Adversarial, draws_noise, whole_levels
 from galago.quantize.lsq import LSQ, LSQWeight
 from galago.quantize.quantize import Quantize
 from galago.run import Run

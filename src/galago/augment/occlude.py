@@ -124,6 +124,10 @@ class Occluded(Data):
         batches = self.data.train(epoch, start)
         return Covered(batches, self.visible) if self.hide_training else batches
 
+    def plain(self) -> Loader:
+        """The other's unaugmented training images, hidden in part as those that a model is judged on."""
+        return Covered(self.data.plain(), self.visible)
+
     def validation(self) -> Loader:
         """The other's validation images, hidden in part."""
         return Covered(self.data.validation(), self.visible)

@@ -101,6 +101,9 @@ class Degraded(Data, ABC):
         self.damaged.seed = self.seed
         return self.damaged.train(epoch, start)
 
+    def plain(self) -> Loader:
+        return self.damaged.plain()
+
     def validation(self) -> Loader:
         return self.data.validation()
 

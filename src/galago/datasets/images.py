@@ -125,6 +125,10 @@ class ImageData(Data, ABC):
         places = class_batches(labels, self.batch_size, self.together, drawing(self.seed, epoch, 1))
         return [order[chunk] for chunk in places[rank::world][: len(places) // world]]
 
+    def plain(self) -> Loader:
+        """Unaugmented batches of all training images in a shuffled order, the same ones for the same `split_seed`."""
+        return self._plain(self.training._replace(positions=shuffled(self.training.positions, self.split_seed, 0)))
+
     def validation(self) -> Loader:
         """Unaugmented batches in a fixed order, all of them in every process."""
         return self._plain(self.validating)

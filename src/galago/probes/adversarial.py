@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from galago.attacks import Ball, Linf, Loss, against, fgsm, pgd, worst
 from galago.data import Data
 from galago.errors import UserError
-from galago.probe import Deployed, Probe, device_of, evaluating, spread
+from galago.probe import Deployed, Probe, device_of, evaluating, has_gradients, spread
 from galago.run import load, normalization_of
 from galago.task import Task, scores_of
 
@@ -111,14 +111,6 @@ class Adversarial(Probe):
             pgd(image, loss, self.ball, step, self.steps, draws, self.ball.drawn(image)) for _ in range(self.restarts)
         ]
         return found[0] if self.restarts == 1 else worst(found, loss, draws)
-
-
-def has_gradients(deployed: nn.Module, image: Tensor) -> bool:
-    """Whether what a network says can be differentiated with respect to raw images."""
-    if not isinstance(deployed, Deployed):
-        return False
-    with torch.enable_grad():
-        return scores_of(deployed((image / 255).requires_grad_())).requires_grad
 
 
 @torch.no_grad()
