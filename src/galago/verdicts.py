@@ -95,13 +95,13 @@ def alerts(changes: list[Change]) -> Iterator[str]:
 def watched(metric: str) -> str:
     """What a number that should move no more than accuracy is called; empty for all others.
 
-    >>> watched("corruption_error"), watched("auroc_energy"), watched("nll")
+    >>> watched("corruption_error"), watched("auroc_energy_mean"), watched("nll")
     ('Error on corrupted images', 'AUROC by energy, of known against unknown images', '')
     """
     if metric == "corruption_error":
         return "Error on corrupted images"
-    if metric.startswith("auroc_") and metric.count("_") == 1:
-        return f"AUROC by {metric.removeprefix('auroc_')}, of known against unknown images"
+    if metric.startswith("auroc_") and metric.endswith("_mean"):
+        return f"AUROC by {metric.removeprefix('auroc_').removesuffix('_mean')}, of known against unknown images"
     return ""
 
 

@@ -23,6 +23,7 @@ NAMES = {
 }
 SCORES = {"msp": "confidence", "max_logit": "largest score", "energy": "energy", "entropy": "entropy"}
 CORRUPTION = "corruption_error_"
+SHARES = {"accuracy", "ece", "mce", "error", "auroc", "aupr", "fpr95"}  # told in percent
 
 
 class Number(NamedTuple):
@@ -62,9 +63,7 @@ def trust(content: Mapping[str, Any]) -> Trust | None:
         return None
     changes = _numbers(content.get("changes"), "to").get("model", {})
     metrics = dict.fromkeys(metric for form in forms for metric in numbers[form])
-    first = [
-        metric for metric in metrics if metric in NAMES or _short_auroc(metric) or metric.endswith("_pgd_accuracy")
-    ]
+    first = [metric for metric in metrics if metric in NAMES or _mean_auroc(metric) or metric.endswith("_pgd_accuracy")]
     lines = {metric: _line(metric, [numbers[form].get(metric) for form in forms], changes) for metric in metrics}
     figure = errors_by_corruption(numbers)
     return Trust(
@@ -78,8 +77,8 @@ def trust(content: Mapping[str, Any]) -> Trust | None:
     )
 
 
-def _short_auroc(metric: str) -> bool:
-    return metric.startswith("auroc_") and metric.removeprefix("auroc_") in SCORES
+def _mean_auroc(metric: str) -> bool:
+    return metric in {f"auroc_{score}_mean" for score in SCORES}
 
 
 def _numbers(rows: Any, key: str) -> dict[str, dict[str, Number]]:
@@ -107,10 +106,7 @@ def _settings(content: Mapping[str, Any]) -> str:
 
 def _share(metric: str) -> bool:
     """Whether a number is a share of images or of certainty, told in percent."""
-    kinds = ("accuracy", "ece", "mce", "error", "auroc", "aupr", "fpr95", "coverage", "confidence_error")
-    return any(metric == kind or metric.startswith(f"{kind}_") or metric.endswith(f"_{kind}") for kind in kinds) or (
-        _short_auroc(metric) or "_ece" in metric or metric.startswith(("selective_error", CORRUPTION))
-    )
+    return not SHARES.isdisjoint(metric.split("_"))
 
 
 def _line(metric: str, values: Sequence[Number | None], changes: Mapping[str, Number]) -> Line:
@@ -128,8 +124,8 @@ def _line(metric: str, values: Sequence[Number | None], changes: Mapping[str, Nu
 
 
 def _called(metric: str) -> str:
-    if _short_auroc(metric):
-        return f"AUROC of known against unknown, by {SCORES[metric.removeprefix('auroc_')]}"
+    if _mean_auroc(metric):
+        return f"AUROC of known against unknown, by {SCORES[metric.removeprefix('auroc_').removesuffix('_mean')]}"
     if metric.endswith("_pgd_accuracy"):
         return f"Accuracy under attack (PGD, {metric.removesuffix('_pgd_accuracy').replace('_', ' ')})"
     return NAMES.get(metric, metric.replace("_", " "))
