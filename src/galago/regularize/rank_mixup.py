@@ -26,8 +26,10 @@ at 0.1, a tenth from epochs 80 and 120 on, gradients clipped to 2), α = m = 1 o
 Recipe: recipes/regularize/rank_mixup_resnet20_cifar10.yaml.
 
 Consequences worth knowing: as long as DCG < IDCG the gain pushes every confidence up, that of the image most. λ̂ is a
-constant, gradients go through both sides of each comparison. The released code multiplies mask and margin of different
-images (all pairs of them); here each image has its own mask, as the paper's formula says.
+constant, gradients go through both sides of each comparison. With `update_norm` off, mixtures are normalized in use by
+other numbers than while training: a small network on digits then kept hardly anything of the order. The released code
+multiplies mask and margin of different images (all pairs of them); here each image has its own mask, as the paper's
+formula says.
 
 Chosen here: BatchNorm's running statistics count mixtures as the released code lets them, unless `update_norm` is off;
 in either case a pass normalizes by its own batch. Two images have the same label where their targets are equal, so that
