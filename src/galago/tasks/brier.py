@@ -1,7 +1,7 @@
 """Brier score as a loss: squared distance between stated probabilities and the truth.
 
-Glenn Brier, "Verification of Forecasts Expressed in Terms of Probability", Monthly Weather Review, 1950; as a baseline
-among calibration losses in Jongyoun Noh et al., "RankMixup", ICCV 2023, arXiv:2308.11990.
+Glenn Brier, "Verification of Forecasts Expressed in Terms of Probability", Monthly Weather Review, 1950; a baseline
+among losses for calibration (Mukhoti et al., NeurIPS 2020).
 
 Like the cross-entropy it is smallest, in expectation, for the true probabilities, but a single wrong answer costs at
 most 2. The network gains little from being still surer, and outliers do not drive it.
