@@ -17,6 +17,7 @@ from galago.batch import Batch
 from galago.datasets.digits import Digits
 from galago.distill.attention import Attention
 from galago.distill.distill import Distill
+from galago.distill.native_ensemble import NativeEnsemble
 from galago.errors import UserError
 from galago.laws.trial import TinyImages, Trial, classify, close, exported, tiny_network
 from galago.method import Forward, Method
@@ -341,6 +342,17 @@ def test_features_that_a_lesson_compares_are_those_of_the_images_and_not_of_the_
         trial = started(Distill(tiny_network(), [Attention(1.0, layers=[-1])]), *extra)
         losses.append(trial.step(0).losses["attention"])
     torch.testing.assert_close(losses[0], losses[1])
+
+
+def test_branches_are_judged_by_the_images_and_not_by_the_mixtures() -> None:
+    losses = []
+    for extra in ([], [RankMixup()]):
+        torch.manual_seed(0)
+        losses.append(started(NativeEnsemble("down"), *extra).step(0).losses)
+    names = losses[0].keys()
+    assert losses[1].keys() == {*names, "mixup_ranking"}
+    for name in names:
+        torch.testing.assert_close(losses[0][name], losses[1][name])
 
 
 @pytest.mark.parametrize("others", [[], [CutMix(probability=1.0)], [LabelSmoothing()]], ids=["alone", "cut", "smooth"])
