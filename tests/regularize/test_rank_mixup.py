@@ -401,5 +401,5 @@ def test_digits_are_ranked_by_how_much_they_are_mixed_better_than_by_plain_train
 def mixed_confidence(methods: list[Method], run: Path) -> dict[str, float]:
     torch.manual_seed(0)
     data, task = Digits(), Classify(10)
-    network = train(Tiny(), task, data, run, epochs=10, methods=methods, accelerator="cpu")
+    network = train(Tiny(width=8), task, data, run, epochs=10, methods=methods, accelerator="cpu")
     return MixedConfidence()(Deployed(network, data.normalize, task), task, data)
