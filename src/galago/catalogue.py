@@ -20,6 +20,7 @@ KINDS = {
     "OutputProbe": "probe",
     "ViewsProbe": "probe",
     "Task": "task",
+    "Classify": "task",
     "Data": "data set",
     "ImageData": "data set",
     "SGD": "optimizer",

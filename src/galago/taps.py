@@ -84,7 +84,7 @@ class Taps:
 
 @contextmanager
 def unnoticed() -> Iterator[None]:
-    """Whatever a network is given within this `with`, all taps keep what its layers gave before.
+    """Whatever a network is given within this `with`, all taps (and ensembles) keep what was given out before.
 
     >>> import torch
     >>> net = nn.Sequential(nn.ReLU())

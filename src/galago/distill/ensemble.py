@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map
 
 from galago.distill.branches import Parallel, apart
 from galago.layers import Wrapper, find
+from galago.taps import Taps
 from galago.task import scores_of
 
 
@@ -107,7 +108,7 @@ class Ensemble(Wrapper):
             self._look()
             return output
         heads = self._heard(x, output)
-        if self.training:
+        if self.training and not Taps.resting:
             self._said.value = heads
         return heads.joint if self.together else tree_map(lambda part: part[: len(x)], output)
 
@@ -117,7 +118,7 @@ class Ensemble(Wrapper):
             return self._heard(x, self.layer(x))
 
     def said(self) -> Heads:
-        """What everyone said in the last training pass; it is forgotten then."""
+        """What everyone said in the last training pass that was not `unnoticed`; it is forgotten then."""
         heads: Heads = self._said.take()
         return heads
 
