@@ -37,10 +37,13 @@ BASES = {
     "quantize": {"blocks", "calibration", "columns", "fold", "graph", "inventory", "layer", "learned_step", "patterns"}
     | {"placement", "plan", "quantizer", "ranges", "reconstruction", "rest", "rounding", "settle", "soft_rounding"}
     | {"moments", "units", "budget", "sensitivity"},
+    "probes": {"calibration", "selective"},
     "tasks": {"classify"},
 }
-# The promise of every quantizer and of every neuron: what is quantized, and what spikes, can be recognized anywhere.
+# The promise of every quantizer and of every neuron: what is quantized, and what spikes, can be recognized anywhere. So
+# can what shows where a network looks.
 PROMISE = {"quantize.quantizer", "quantize.gradient_quantizer", "quantize.layer", "quantize.fold", "models.lif"}
+PROMISE |= {"models.attention_branch"}
 # These put ideas to use; they are no ideas, and no idea imports them.
 COMMANDS = {"cli", "commands", "measure", "ship"}
 # The user's own names, passed on as they are: losses of a step, attributes of an ONNX node.
