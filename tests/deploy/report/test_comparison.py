@@ -17,8 +17,9 @@ from galago.deploy.report.predictions import Predictions, compare, mcnemar, read
 from galago.deploy.report.reading import read_record
 from galago.errors import UserError
 from galago.probe import Outputs
-from galago.probes.calibration import Calibration, brier, negative_log_likelihood, reliability
+from galago.probes.calibration import Calibration
 from galago.probes.selective import Selective
+from galago.reliability import brier, negative_log_likelihood, reliability
 from galago.tasks.abstain import ClassifyOrAbstain
 
 Write = Callable[..., Path]

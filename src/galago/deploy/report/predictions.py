@@ -21,9 +21,9 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from galago.errors import UserError
-from galago.probes.calibration import Bins, reliability
 from galago.probes.paired import paired_difference
 from galago.probes.selective import risks
+from galago.reliability import Bins, reliability
 
 SECTIONS = ("model", "onnx", "openvino")  # the forms of a network, as in metrics.json
 BINS = 15
