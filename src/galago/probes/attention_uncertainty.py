@@ -41,8 +41,8 @@ from galago.errors import UserError
 from galago.layers import find, removing, tap
 from galago.models.attention_branch import MAP, Attended, attended_in
 from galago.probe import Probe, device_of, evaluating
-from galago.probes.calibration import negative_log_likelihood, reliability
 from galago.probes.selective import area, risks
+from galago.reliability import negative_log_likelihood, reliability
 from galago.task import Task
 
 BINS = 15
