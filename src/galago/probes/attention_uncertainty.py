@@ -42,7 +42,7 @@ from galago.layers import find, removing, tap
 from galago.models.attention_branch import MAP, Attended, attended_in
 from galago.probe import Probe, device_of, evaluating
 from galago.probes.selective import area, risks
-from galago.reliability import negative_log_likelihood, reliability
+from galago.reliability import answers, negative_log_likelihood, reliability, require_finite
 from galago.task import Task
 
 BINS = 15
@@ -139,23 +139,25 @@ class AttentionUncertainty(Probe):
 
 def numbers(main: Tensor, attention: Tensor, label: Tensor) -> dict[str, float]:
     """The probe's numbers, of scores n×N×K and labels N."""
+    for scores in (main, attention):
+        require_finite(scores.flatten(0, 1))
     chosen = decide(main, attention)
     right = {name: log_mean_probability(s).argmax(1) == label for name, s in (("p", main), ("a", attention))}
-    confidence, answer = chosen.probabilities.max(1)
+    confidence, correct = answers(chosen.probabilities, label)
     others = [decide(main, attention, measure).probabilities.argmax(1) for measure in (epistemic, winner_variance)]
     return {
         "branch_accuracy_attention": share(right["a"]),
         "branch_accuracy_perception": share(right["p"]),
         "branch_accuracy_oracle": share(right["a"] | right["p"]),
-        "branch_accuracy_selected": share(answer == label),
+        "branch_accuracy_selected": share(correct),
         "branch_accuracy_selected_by_epistemic": share(others[0] == label),
         "branch_accuracy_selected_by_variance": share(others[1] == label),
         "branch_share_perception": share(chosen.perception),
         "branch_uncertainty": float(chosen.uncertainty.mean()),
         "branch_epistemic": float(chosen.epistemic.mean()),
         "branch_nll": negative_log_likelihood(chosen.probabilities, label),
-        "branch_ece": reliability(confidence, answer == label, BINS).expected_error(),
-        "branch_aurc": area(risks(chosen.uncertainty, answer == label)),
+        "branch_ece": reliability(confidence, correct, BINS).expected_error(),
+        "branch_aurc": area(risks(chosen.uncertainty, correct)),
     }
 
 
