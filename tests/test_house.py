@@ -41,9 +41,9 @@ BASES = {
     "tasks": {"classify"},
 }
 # The promise of every quantizer and of every neuron: what is quantized, and what spikes, can be recognized anywhere. So
-# can what shows where a network looks.
+# can what shows where a network looks, and networks that answer together.
 PROMISE = {"quantize.quantizer", "quantize.gradient_quantizer", "quantize.layer", "quantize.fold", "models.lif"}
-PROMISE |= {"models.attention_branch"}
+PROMISE |= {"models.attention_branch", "models.ensemble"}
 # These put ideas to use; they are no ideas, and no idea imports them.
 COMMANDS = {"cli", "commands", "measure", "ship"}
 # The user's own names, passed on as they are: losses of a step, attributes of an ONNX node.

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from galago.deploy.report.attention import Looked, read_attention
 from galago.deploy.report.predictions import SECTIONS, Predictions, read_predictions
 from galago.errors import UserError
 from galago.run import Run
@@ -96,6 +97,7 @@ class Record:
     losses: Losses
     verification: dict[str, Any]
     predictions: dict[str, Predictions]
+    looked: list[Looked]  # images with the maps of an attention branch
 
     @property
     def shipped(self) -> str:
@@ -159,6 +161,7 @@ def read_record(folder: Path) -> Record:
         losses=_losses(_mapping(run.folder / "sensitivity.json")),
         verification=_mapping(run.verification),
         predictions=read_predictions(run.folder / "predictions"),
+        looked=read_attention(run.folder),
     )
 
 
