@@ -136,6 +136,20 @@ def test_the_numbers_are_those_of_a_handful_of_images() -> None:
     assert found["branch_aurc"] == pytest.approx((0 + 0 + 1 / 3) / 3)
 
 
+def test_scaled_branches_are_compared_as_if_each_were_as_sure_as_it_should_be() -> None:
+    data, model = TinyImages(), branched()
+    deployed = Deployed(model, data.normalize, classify())
+    found = [AttentionUncertainty(4, scaled)(deployed, classify(), data) for scaled in (False, True)]
+    with torch.no_grad():  # one branch far too sure: scaling takes that back
+        for parameter in model.backbone.head.parameters():
+            parameter.mul_(1e3)
+    louder = [AttentionUncertainty(4, scaled)(deployed, classify(), data) for scaled in (False, True)]
+    assert louder[0]["branch_share_perception"] > found[0]["branch_share_perception"]
+    assert louder[1]["branch_nll"] < louder[0]["branch_nll"]
+    for name in ("accuracy_perception", "accuracy_attention", "accuracy_oracle"):
+        assert found[1][f"branch_{name}"] <= found[1]["branch_accuracy_oracle"] <= 1
+
+
 def test_a_network_or_file_without_such_a_branch_gives_nothing() -> None:
     data = TinyImages()
     assert AttentionUncertainty()(Deployed(tiny_network(), data.normalize, classify()), classify(), data) == {}

@@ -24,7 +24,8 @@ Usual setting: dropout 0.2, N = 20 (design choices; the paper's are unknown).
 Recipe: recipes/regularize/bayesian_attention_branch_resnet20_cifar10.yaml.
 
 Chosen here, what was read being the abstract: everything but that the less uncertain branch answers. H compares two
-branches fairly only if both are about equally well calibrated.
+branches fairly only if both are about equally well calibrated: `scaled: true` divides the scores of each by a
+temperature of its own first, fitted to its single passes over the validation images.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from galago.data import Data
+from galago.data import Data, Loader
 from galago.draws import dropouts, entropy, epistemic, log_mean_probability, own_draws, winner_variance
 from galago.errors import UserError
 from galago.layers import find, removing, tap
@@ -44,6 +45,7 @@ from galago.probe import Probe, device_of, evaluating
 from galago.probes.selective import area, risks
 from galago.reliability import answers, negative_log_likelihood, reliability, require_finite
 from galago.task import Task
+from galago.temperature import fit_temperature
 
 BINS = 15
 
@@ -116,25 +118,38 @@ class AttentionUncertainty(Probe):
 
     Args:
         passes: N.
+        scaled: divide each branch's scores by a temperature of its own, from the validation images.
     """
 
-    def __init__(self, passes: int = 20) -> None:
+    def __init__(self, passes: int = 20, scaled: bool = False) -> None:
         if passes < 1:
             raise UserError(f"AttentionUncertainty: passes is {passes}; give 1 or more, usually 20")
-        self.passes = passes
+        self.passes, self.scaled = passes, scaled
 
     def __call__(self, deployed: nn.Module, task: Task, data: Data) -> dict[str, float]:
         if attended_in(deployed) is None:
             return {}
-        device, passes = device_of(deployed), self.passes if dropouts(deployed) else 1
-        found, targets = [], []
+        passes = self.passes if dropouts(deployed) else 1
         with own_draws(deployed):
-            for batch in data.test():
-                said = ask(deployed, batch.input.to(device), passes)
-                found.append((said.main.double().cpu(), said.attention.double().cpu()))
-                targets.append(batch.target.argmax(1))
-        main, attention = (torch.cat(scores, 1) for scores in zip(*found, strict=True))
-        return numbers(main, attention, torch.cat(targets))
+            main, attention, target = asked_about(deployed, data.test(), passes)
+            if self.scaled:
+                *held, truth = asked_about(deployed, data.validation(), passes)
+                truth = truth.repeat(passes, 1)
+                main, attention = (
+                    z / fit_temperature(own.flatten(0, 1), truth)
+                    for z, own in zip((main, attention), held, strict=True)
+                )
+        return numbers(main, attention, target.argmax(1))
+
+
+def asked_about(deployed: nn.Module, batches: Loader, passes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores n×N×K of perception and attention in float64, and targets N×K, of all images."""
+    device, found = device_of(deployed), []
+    for batch in batches:
+        said = ask(deployed, batch.input.to(device), passes)
+        found.append((said.main.double().cpu(), said.attention.double().cpu(), batch.target))
+    main, attention, target = zip(*found, strict=True)
+    return torch.cat(main, 1), torch.cat(attention, 1), torch.cat(target)
 
 
 def numbers(main: Tensor, attention: Tensor, label: Tensor) -> dict[str, float]:
