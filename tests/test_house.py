@@ -33,11 +33,11 @@ BASES = {
     "distill": {"adjust", "branches", "distill", "divergence", "ensemble", "joint_training", "junctions", "lesson"}
     | {"sizes", "stages", "teacher", "trials", "widen", "wrapping"},
     "models": {"lif", "weights"},
+    "probes": {"selective"},
     "prune": {"blocks", "cost", "full", "groups", "moves", "products", "surgery", "survey", "ties"},
     "quantize": {"blocks", "calibration", "columns", "fold", "graph", "inventory", "layer", "learned_step", "patterns"}
     | {"placement", "plan", "quantizer", "ranges", "reconstruction", "rest", "rounding", "settle", "soft_rounding"}
     | {"moments", "units", "budget", "sensitivity"},
-    "probes": {"selective"},
     "tasks": {"classify"},
 }
 # The promise of every quantizer and of every neuron: what is quantized, and what spikes, can be recognized anywhere. So
