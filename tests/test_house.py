@@ -33,7 +33,7 @@ BASES = {
     "distill": {"adjust", "branches", "distill", "divergence", "ensemble", "joint_training", "junctions", "lesson"}
     | {"sizes", "stages", "teacher", "trials", "widen", "wrapping"},
     "models": {"lif", "weights"},
-    "probes": {"detection", "embedding", "stepping"},
+    "probes": {"detection", "embedding", "selective", "stepping"},
     "prune": {"blocks", "cost", "full", "groups", "moves", "products", "surgery", "survey", "ties"},
     "quantize": {"blocks", "calibration", "columns", "fold", "graph", "inventory", "layer", "learned_step", "patterns"}
     | {"placement", "plan", "quantizer", "ranges", "reconstruction", "rest", "rounding", "settle", "soft_rounding"}
@@ -41,8 +41,10 @@ BASES = {
     "regularize": {"scores", "augment.mixing"},  # some compare images with their mixtures
     "tasks": {"classify"},
 }
-# The promise of every quantizer and of every neuron: what is quantized, and what spikes, can be recognized anywhere.
+# The promise of every quantizer and of every neuron: what is quantized, and what spikes, can be recognized anywhere. So
+# can what shows where a network looks, and networks that answer together.
 PROMISE = {"quantize.quantizer", "quantize.gradient_quantizer", "quantize.layer", "quantize.fold", "models.lif"}
+PROMISE |= {"models.attention_branch", "models.ensemble"}
 # These put ideas to use; they are no ideas, and no idea imports them.
 COMMANDS = {"cli", "commands", "measure", "ship", "trust"}
 # The user's own names, passed on as they are: losses of a step, attributes of an ONNX node.

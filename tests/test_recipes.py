@@ -88,7 +88,7 @@ def shrunk(content: dict[str, Any], folder: Path) -> dict[str, Any]:
     for probe in content.get("probes", []):
         own = probe.get("init_args", {})
         own.pop("surrogate", None)
-        own.update({name: 2 for name in ("steps", "draws") if isinstance(own.get(name), int)})
+        own.update({name: 2 for name in ("steps", "draws", "passes") if isinstance(own.get(name), int)})
     return content | {"epochs": 1, "compile": False, "run": str(folder / "run"), "needs": []}
 
 

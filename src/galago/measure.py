@@ -2,7 +2,8 @@
 
 Everything lands in the run's folder: metrics.json (numbers by model and file), predictions/*.npz (outputs and targets,
 so that further figures need no second pass), layers.json (bits, cost and error layer by layer), sensitivity.json (what
-each layer's rounding costs, where the recipe lists that probe) and latency.json.
+each layer's rounding costs, where the recipe lists that probe), attention.npz (a few images and where the network
+looked, where it has an attention branch) and latency.json.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from torch import Tensor, nn
 from galago.console import say
 from galago.deploy import onnx, runtime
 from galago.deploy.inspect import engines_of_layers
+from galago.deploy.report import attention
 from galago.distill.branches import Parallel
 from galago.distill.ensemble import Ensemble
 from galago.layers import Wrapper, swap
-from galago.probe import Deployed, OutputProbe, Outputs, TaskMetrics, collect
+from galago.models.attention_branch import attended_in, attention_maps
+from galago.probe import Deployed, OutputProbe, Outputs, TaskMetrics, collect, spread
 from galago.probes.calibration import Calibration
 from galago.probes.cost import Cost, cost_table
 from galago.probes.latency import Timing, compare
@@ -58,6 +61,7 @@ def measure_run(
     _keep(files, name, outputs, parts.task.reservation(outputs.output.double()))
     if artifact is None:
         write_json(files.folder / "layers.json", layer_rows(network, model, parts, files))
+        _look(files, model, parts)
         for probe in parts.probes:
             if isinstance(probe, Sensitivity) and (table := probe.table(model, parts.task, parts.data)):
                 write_json(files.folder / "sensitivity.json", table)
@@ -81,6 +85,21 @@ def _keep(files: Run, name: str, outputs: Outputs, reservation: Tensor | None) -
         arrays["reservation"] = reservation.numpy()
     with atomic(files.folder / "predictions" / f"{name}.npz") as temporary, temporary.open("wb") as file:
         np.savez(file, allow_pickle=False, **arrays)
+
+
+def _look(files: Run, deployed: Deployed, parts: Parts) -> None:
+    """A few test images with the maps of a network that draws any."""
+    if attended_in(deployed) is None:
+        return
+    batches = spread(parts.data.test(), attention.SHOWN)
+    images, target = torch.cat([one.input for one in batches]), torch.cat([one.target for one in batches])
+    maps, outputs = attention_maps(deployed, images), collect(deployed, batches)
+    assert maps is not None, "there is a branch that draws them"
+    arrays = {"image": images, "map": maps.float(), "target": target.argmax(1)}
+    arrays["answer"] = parts.task.decisions(outputs.output)
+    with atomic(files.folder / attention.FILE) as temporary, temporary.open("wb") as file:
+        stored = {name: tensor.cpu().numpy() for name, tensor in arrays.items()}
+        np.savez(file, allow_pickle=False, **stored, classes=np.array(parts.data.classes))
 
 
 def layer_rows(network: nn.Module, deployed: Deployed, parts: Parts, files: Run) -> list[dict[str, Any]]:

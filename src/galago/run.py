@@ -81,7 +81,8 @@ class Run:
         """Removes what a run wrote, so that it starts over. Other files in the folder stay."""
         own = (self.recipe, self.info, self.log, self.last, self.best, self.weights, self.architecture, self.metrics)
         files = (self.verification, self.onnx, self.openvino, self.openvino.with_suffix(".bin"), self.report)
-        others = (self.folder / name for name in ("latency.json", "layers.json", "sensitivity.json", "trust.json"))
+        names = ("latency.json", "layers.json", "sensitivity.json", "trust.json", "attention.npz")
+        others = (self.folder / name for name in names)
         stored = (*(self.folder / "predictions").glob("*.npz"), *(self.folder / "trust").glob("*/*"))
         for path in (*own, *files, *others, *stored):
             path.unlink(missing_ok=True)

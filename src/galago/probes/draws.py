@@ -17,13 +17,12 @@ Design choice: the standard deviation divides by the number of passes, not by on
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
 from galago.data import Data
-from galago.draws import entropy, log_mean_probability, variance
+from galago.draws import asked, entropy, log_mean_probability, variance
 from galago.errors import UserError
-from galago.probe import Probe, collect, device_of
+from galago.probe import Probe
 from galago.task import Task
 
 
@@ -40,11 +39,8 @@ class Draws(Probe):
         self.draws = draws
 
     def __call__(self, deployed: nn.Module, task: Task, data: Data) -> dict[str, float]:
-        device = device_of(deployed)
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(0)
-            passes = [collect(deployed, data.test()) for _ in range(self.draws)]
-        scores, target = torch.stack([one.output for one in passes]).double(), passes[0].target.argmax(1)
+        passes = asked(deployed, data.test(), self.draws)
+        scores, target = passes.output, passes.target.argmax(1)
         right = (scores.argmax(2) == target).double()
         mean = log_mean_probability(scores)
         return {

@@ -57,7 +57,14 @@ def fill(folder: Path, bits: int | None = 4, layers: int = 20) -> Path:
 
 def trust() -> dict[str, Any]:
     """As `galago trust --against` writes it."""
-    numbers = {"accuracy": 0.91, "ece": 0.03, "corruption_error": 0.3, "auroc_energy_mean": 0.9, "nll": 0.31, "mce": 0.4}
+    numbers = {
+        "accuracy": 0.91,
+        "ece": 0.03,
+        "corruption_error": 0.3,
+        "auroc_energy_mean": 0.9,
+        "nll": 0.31,
+        "mce": 0.4,
+    }
     numbers |= {"corruption_error_fog": 0.2, "corruption_error_glass_blur": 0.5, "linf_0.0314_pgd_accuracy": 0.02}
     forms = {"before": 1.0, "model": 0.98, "onnx": 0.98, "openvino": 0.98}
     rows = [

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import math
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -157,7 +159,7 @@ def _scores(table: _Table, counts: Values) -> Values:
 
 def _arrays(path: Path) -> tuple[NDArray[np.floating], NDArray[np.int64], Values | None]:
     try:
-        _check_sizes(path)
+        check_sizes(path, {"output": "fiu", "target": "fiu"}, {"reservation": "fiu"})
         with np.load(path, allow_pickle=False) as stored:
             held = np.asarray(stored["reservation"], np.float64) if "reservation" in stored else None
             return np.asarray(stored["output"], np.float32), np.asarray(stored["target"], np.int64), held
@@ -168,18 +170,28 @@ def _arrays(path: Path) -> tuple[NDArray[np.floating], NDArray[np.int64], Values
         ) from error
 
 
-def _check_sizes(path: Path) -> None:
-    """Refuses arrays that claim to be larger than what is stored, before memory is taken for them."""
+def check_sizes(path: Path, needed: Mapping[str, str], optional: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Refuses arrays that claim to be larger than what is stored, before memory is taken for them.
+
+    Args:
+        path: of an .npz file.
+        needed: the arrays that it must hold, with the kinds of number that each may have.
+        optional: likewise of arrays that it may hold.
+
+    Raises:
+        ValueError: an array claims too much, or is of another kind.
+        KeyError: one is missing.
+    """
     with zipfile.ZipFile(path) as archive:
-        held = {"reservation.npy"} & {*archive.namelist()}
-        for name in ("output.npy", "target.npy", *held):
-            with archive.open(name) as member:
+        held = {name: kinds for name, kinds in optional.items() if f"{name}.npy" in archive.namelist()}
+        for name, kinds in {**needed, **held}.items():
+            with archive.open(f"{name}.npy") as member:
                 version = npy.read_magic(member)
                 read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
                 shape, _, dtype = read(member)
-            claimed, stored = math.prod(shape) * dtype.itemsize, archive.getinfo(name).file_size
-            if claimed > min(stored, _LARGEST) or dtype.kind not in "fiu":
-                raise ValueError(f"{name} claims {claimed} bytes of {dtype}")
+            claimed, stored = math.prod(shape) * dtype.itemsize, archive.getinfo(f"{name}.npy").file_size
+            if claimed > min(stored, _LARGEST) or dtype.kind not in kinds:
+                raise ValueError(f"{name}.npy claims {claimed} bytes of {dtype}")
 
 
 def _judged(

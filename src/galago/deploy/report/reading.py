@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from galago.deploy.report.attention import Looked, read_attention
 from galago.deploy.report.predictions import SECTIONS, Predictions, read_predictions
 from galago.errors import UserError
 from galago.run import Run
@@ -97,6 +98,7 @@ class Record:
     verification: dict[str, Any]
     trust: dict[str, Any]
     predictions: dict[str, Predictions]
+    looked: list[Looked]  # images with the maps of an attention branch
 
     @property
     def shipped(self) -> str:
@@ -161,6 +163,7 @@ def read_record(folder: Path) -> Record:
         verification=_mapping(run.verification),
         trust=_mapping(run.folder / "trust.json"),
         predictions=read_predictions(run.folder / "predictions"),
+        looked=read_attention(run.folder),
     )
 
 

@@ -15,6 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from galago.deploy.report import layers, parity, plots, training
+from galago.deploy.report.attention import attention_drawn
 from galago.deploy.report.comparison import Cost, answers, what_it_cost
 from galago.deploy.report.drawing import Figure
 from galago.deploy.report.reading import RECIPE, ROWS, Record, number, read_record, text
@@ -111,6 +112,7 @@ def _contents(record: Record, against: Record | None, cost: Cost | None) -> dict
         "reliability": _reliability(record, against),
         "scores": _scores(record),
         "trust": trust(record.trust),
+        "looked": _drawn(attention_drawn(record.looked)),
         "bars": plots.latency_bars(record),
         "layers": _drawn(
             layers.layer_bits(record.layers),
