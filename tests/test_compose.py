@@ -13,6 +13,7 @@ from tempfile import mkdtemp
 import pytest
 import torch
 
+from galago.augment.cutout import Cutout
 from galago.augment.occlude import LowerHalf, Occlude
 from galago.catalogue import ideas
 from galago.distill.adjust import AdjustedTargets
@@ -48,6 +49,7 @@ GIVEN: dict[str, Callable[[], Method]] = {
     "AdjustedTargets": lambda: AdjustedTargets(tiny_network()),
     "AdaRound": lambda: AdaRound(iterations=2, batches=1),
     "BRECQ": lambda: BRECQ(iterations=2, scale_iterations=2, batches=1),
+    "Cutout": lambda: Cutout(length=4),
     "Distill": lambda: Distill(tiny_network(), [SoftTargets(), Attention(1.0, layers=[-1]), Hints(1.0, layers=[-1])]),
     "FeatureFusion": lambda: FeatureFusion(branch_at="down"),
     "FewImages": lambda: FewImages(iterations=2, batches=1),
