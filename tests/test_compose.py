@@ -41,6 +41,7 @@ from galago.quantize.mixed_precision import MixedPrecision
 from galago.quantize.quantize import Quantize
 from galago.quantize.quantize_gradient import QuantizeGradient
 from galago.quantize.two_steps import StartFrom
+from galago.regularize.autogenous import Autogenous
 from galago.run import Run
 from galago.trainer import finish
 
@@ -48,6 +49,7 @@ from galago.trainer import finish
 GIVEN: dict[str, Callable[[], Method]] = {
     "AdjustedTargets": lambda: AdjustedTargets(tiny_network()),
     "AdaRound": lambda: AdaRound(iterations=2, batches=1),
+    "Autogenous": lambda: Autogenous(tiny_network(), ["stem"], [2]),
     "BRECQ": lambda: BRECQ(iterations=2, scale_iterations=2, batches=1),
     "Cutout": lambda: Cutout(length=4),
     "Distill": lambda: Distill(tiny_network(), [SoftTargets(), Attention(1.0, layers=[-1]), Hints(1.0, layers=[-1])]),
