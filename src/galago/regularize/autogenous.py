@@ -82,6 +82,7 @@ class Autogenous(Method):
         self.layers, self.groups, self.branch_weights = list(layers), list(groups), branch_weights
         self.similar, self.exponent, self.ship_joint = similar, exponent, ship_joint
         self.maps: list[list[int]] = []
+        self._names: tuple[str, ...] = ()  # of the classes
 
     def prepare(self, model: nn.Module, data: Data) -> nn.Module:
         """Puts a network with branches in the model's place.
@@ -96,6 +97,7 @@ class Autogenous(Method):
         if not self.maps:
             confusion = shared(self.confusion(data, device))
             self.maps = [grouping(confusion, count, self.similar) for count in self.groups]
+        self._names = data.classes
         image = normalized(data, data.example(), device)
         if self.ship_joint:
             require_scores(model, image, classes)
@@ -120,7 +122,8 @@ class Autogenous(Method):
         counts = torch.bincount(label * classes + decided, minlength=classes**2).view(classes, classes)
         if not (decided != label).any():
             raise UserError(
-                "Autogenous: the base network confuses no classes on these images; use a weaker one or more"
+                "Autogenous: the base network confuses no classes on these images; if it was trained on them, hold the"
+                " same images out in both runs (hold_out)"
             )
         return counts
 
@@ -161,12 +164,10 @@ class Autogenous(Method):
 
     def summary(self) -> str | None:
         """Which classes are in one group, at each layer."""
-        if not self.maps:
+        if not self._names:
             return None
         rows = zip(self.layers, self.maps, strict=True)
-        return "\n".join(
-            f"Autogenous: {path} tells apart the groups {members(group)} of classes" for path, group in rows
-        )
+        return "\n".join(f"Autogenous: {path} tells apart {members(group, self._names)}" for path, group in rows)
 
     def get_extra_state(self) -> Any:
         return {"maps": self.maps}

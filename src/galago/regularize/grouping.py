@@ -79,11 +79,11 @@ def group_targets(target: Tensor, group: Sequence[int]) -> Tensor:
     return target @ member.to(target.dtype)
 
 
-def members(group: Sequence[int]) -> str:
-    """The classes of each group.
+def members(group: Sequence[int], names: Sequence[str]) -> str:
+    """The classes of each group, for a person to read.
 
-    >>> members([0, 1, 0])
-    '{0, 2} {1}'
+    >>> members([0, 1, 0], ["cat", "ship", "dog"])
+    '{cat, dog} {ship}'
     """
-    gathered = [[str(k) for k, own in enumerate(group) if own == number] for number in range(max(group) + 1)]
+    gathered = [[name for name, own in zip(names, group, strict=True) if own == g] for g in range(max(group) + 1)]
     return " ".join(f"{{{', '.join(one)}}}" for one in gathered)
