@@ -13,6 +13,7 @@ from tempfile import mkdtemp
 import pytest
 import torch
 
+from galago.augment.cutout import Cutout
 from galago.augment.occlude import LowerHalf, Occlude
 from galago.catalogue import ideas
 from galago.distill.adjust import AdjustedTargets
@@ -41,6 +42,7 @@ from galago.quantize.mixed_precision import MixedPrecision
 from galago.quantize.quantize import Quantize
 from galago.quantize.quantize_gradient import QuantizeGradient
 from galago.quantize.two_steps import StartFrom
+from galago.regularize.autogenous import Autogenous
 from galago.regularize.energy_margin import EnergyMargin
 from galago.run import Run
 from galago.trainer import finish
@@ -49,7 +51,9 @@ from galago.trainer import finish
 GIVEN: dict[str, Callable[[], Method]] = {
     "AdjustedTargets": lambda: AdjustedTargets(tiny_network()),
     "AdaRound": lambda: AdaRound(iterations=2, batches=1),
+    "Autogenous": lambda: Autogenous(tiny_network(), ["stem"], [2]),
     "BRECQ": lambda: BRECQ(iterations=2, scale_iterations=2, batches=1),
+    "Cutout": lambda: Cutout(length=4),
     "Distill": lambda: Distill(tiny_network(), [SoftTargets(), Attention(1.0, layers=[-1]), Hints(1.0, layers=[-1])]),
     "EnergyMargin": lambda: EnergyMargin(outside=[Blobs(images=20)]),
     "FeatureFusion": lambda: FeatureFusion(branch_at="down"),

@@ -28,7 +28,7 @@ FOLDERS = {"augment", "blocks", "datasets", "deploy", "distill", "models", "prob
 
 # What the files of a folder have in common, and may import. Everything else in it is an idea of its own.
 BASES = {
-    "augment": {"mixing"},
+    "augment": {"mixing", "rectangles"},
     "datasets": {"augmentation", "balance", "download", "image_files", "images", "listing", "loading", "source"},
     "distill": {"adjust", "branches", "distill", "divergence", "ensemble", "joint_training", "junctions", "lesson"}
     | {"sizes", "stages", "teacher", "trials", "widen", "wrapping"},
@@ -38,7 +38,7 @@ BASES = {
     "quantize": {"blocks", "calibration", "columns", "fold", "graph", "inventory", "layer", "learned_step", "patterns"}
     | {"placement", "plan", "quantizer", "ranges", "reconstruction", "rest", "rounding", "settle", "soft_rounding"}
     | {"moments", "units", "budget", "sensitivity"},
-    "regularize": {"scores", "augment.mixing"},  # some compare images with their mixtures
+    "regularize": {"auxiliary", "grouping", "scores", "augment.mixing"},
     "tasks": {"classify"},
 }
 # The promise of every quantizer and of every neuron: what is quantized, and what spikes, can be recognized anywhere. So

@@ -14,6 +14,7 @@ arXiv:1707.07397. All three are recalled; FGSM and PGD are compared with a publi
 Images are N×C×H×W with pixels in [0, 1], before normalization: on normalized ones ε would be four to five times as
 large as meant. A loss gives one number an image, and each image is attacked on its own, so that the network has to be
 in evaluation mode. `galago.probes.adversarial` measures by these, `galago.augment.adversarial_view` trains on them.
+Stronger attacks are in `galago.attack_ensemble`.
 """
 
 from __future__ import annotations
@@ -66,6 +67,10 @@ class Ball(ABC):
     def drawn(self, center: Tensor) -> Tensor:
         """A random image of the ball around each, uniform before pixels are cut to [0, 1]. N×C×H×W."""
 
+    @abstractmethod
+    def drawn_at_edge(self, center: Tensor) -> Tensor:
+        """A random image at the ball's edge, before pixels are cut to [0, 1]. N×C×H×W."""
+
 
 class Linf(Ball):
     """Every pixel value may change by `epsilon`.
@@ -90,6 +95,10 @@ class Linf(Ball):
 
     def drawn(self, center: Tensor) -> Tensor:
         return (center + self.epsilon * (2 * torch.rand_like(center) - 1)).clamp(0, 1)
+
+    def drawn_at_edge(self, center: Tensor) -> Tensor:
+        change = 2 * torch.rand_like(center) - 1
+        return (center + self.epsilon * change / change.abs().amax((1, 2, 3), keepdim=True)).clamp(0, 1)
 
 
 class L2(Ball):
@@ -118,6 +127,9 @@ class L2(Ball):
         dimensions = center[0].numel()
         radius = torch.rand_like(center[:, :1, :1, :1]) ** (1 / dimensions)  # as much of the volume lies within it
         return (center + self.epsilon * radius * self.steepest(torch.randn_like(center))).clamp(0, 1)
+
+    def drawn_at_edge(self, center: Tensor) -> Tensor:
+        return (center + self.epsilon * self.steepest(torch.randn_like(center))).clamp(0, 1)
 
 
 def length(change: Tensor) -> Tensor:
@@ -190,3 +202,13 @@ def worst(candidates: Sequence[Tensor], loss: Loss, draws: int = 1) -> Tensor:
     losses = torch.stack([sum((loss(one) for _ in range(draws)), torch.zeros(())) for one in candidates])
     images = torch.stack(list(candidates))
     return images[losses.argmax(0), torch.arange(images.shape[1], device=images.device)]
+
+
+def whole_levels(attacked: Tensor, image: Tensor) -> Tensor:
+    """Attacked images as bytes, each value rounded towards the raw image, so that no change becomes larger.
+
+    >>> whole_levels(torch.tensor([[[[0.5]]]]), torch.tensor([[[[120]]]], dtype=torch.uint8)).item()
+    127
+    """
+    change = 255 * attacked - image
+    return (image + change.sign() * (change.abs() + 1e-3).floor()).clamp(0, 255).to(torch.uint8)

@@ -32,6 +32,7 @@ from galago.probes.latency import Timing, compare
 from galago.probes.sensitivity import Sensitivity
 from galago.probes.size import Size
 from galago.recipe import Parts, parts_of
+from galago.regularize.auxiliary import Auxiliary
 from galago.run import Run, atomic, load, normalization_of, read_json, write_json
 
 NAMES = {".onnx": "onnx", ".xml": "openvino"}
@@ -129,7 +130,7 @@ def _error_db(layer: nn.Module) -> float | None:
 def unwrapped(network: nn.Module) -> nn.Module:
     """The same network without quantizing wrappers: what it was before quantization, with today's weights."""
     for path, module in reversed(list(network.named_modules())):
-        if isinstance(module, Wrapper) and not isinstance(module, Parallel | Ensemble):
+        if isinstance(module, Wrapper) and not isinstance(module, Parallel | Ensemble | Auxiliary):
             network = swap(network, path, module.layer)
     return network
 

@@ -1,14 +1,15 @@
 """What layers of a network give out, kept while it trains.
 
 `galago.layers.tap` watches for the length of a `with`; these taps stay from `prepare` to `finish`, because a compiled
-network runs the hooks that it was compiled with.
+network runs the hooks that it was compiled with. `Held` is for a module that looks at its own layers, and is copied
+with them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -101,3 +102,36 @@ def unnoticed() -> Iterator[None]:
         yield
     finally:
         Taps.resting = False
+
+
+class Passed(NamedTuple):
+    """What went through a layer."""
+
+    taken: Any  # its first input
+    given: Any
+
+
+class Held:
+    """What went through a layer last, until it is taken. A copy holds nothing."""
+
+    value: Any = None
+
+    def keep(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        """A forward hook."""
+        self.value = Passed(inputs[0], output)
+
+    def take(self) -> Any:
+        """What is held, which is then forgotten."""
+        value, self.value = self.value, None
+        return value
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Held:
+        return Held()
+
+
+def unwatch(network: nn.Module, held: Sequence[Held]) -> None:
+    """Takes the hooks of these out of a network."""
+    for module in network.modules():
+        for number, hook in list(module._forward_hooks.items()):
+            if any(getattr(hook, "__self__", None) is one for one in held):
+                del module._forward_hooks[number]

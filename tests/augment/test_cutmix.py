@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,14 @@ from galago.augment.cutmix import CutMix, boxes, kept_share, paste_each, paste_o
 from galago.augment.mixing import draw_kept, mix_targets
 from galago.batch import Batch
 from galago.errors import UserError
-from galago.method import Forward
+from galago.laws.trial import TinyImages, Trial, classify, exported, tiny_network
+from galago.method import Forward, Method
+from galago.quantize.lsq import LSQ, LSQWeight
+from galago.quantize.quantize import Quantize
+from galago.schedule import Constant, LinearDecay, Steps
 from galago.tasks.classify import Classify
 from galago.testing import check_method
+from galago.trainer import finish
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "regularization" / "cutmix.npz")
 
@@ -163,6 +169,34 @@ def test_probability_zero_neither_changes_nor_draws_anything() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_a_schedule_is_a_factor_on_the_probability() -> None:
+    batch, method = one_hot_batch(), CutMix(probability=0.8, schedule=LinearDecay())
+    for progress, expected in ((0.0, 0.8), (0.5, 0.4), (0.9, 0.08)):
+        torch.manual_seed(0)
+        mixed = sum(method.mix(batch, progress) is not batch for _ in range(2000)) / 2000
+        assert abs(mixed - expected) < 0.04
+    assert method.mix(batch, 1.0) is batch
+
+
+def test_a_schedule_that_has_ended_leaves_training_without_cutmix() -> None:
+    method, batch = CutMix(probability=1.0, schedule=Steps(milestones=[0.9], factor=0.0)), one_hot_batch()
+    for progress, ended in ((0.0, False), (0.89, False), (0.9, True), (1.0, True)):
+        seen: list[Batch] = []
+        before = torch.get_rng_state()
+        method.step(batch, replace(spy(seen), progress=progress))
+        assert (seen[0] is batch) == ended
+        assert torch.equal(torch.get_rng_state(), before) == ended
+
+
+def test_the_usual_schedule_changes_no_draw() -> None:
+    found = []
+    for schedule in (Constant(), Steps(milestones=[0.5], factor=1.0)):
+        torch.manual_seed(5)
+        method = CutMix(schedule=schedule)
+        found.append(torch.stack([method.mix(one_hot_batch(), 0.7).input for _ in range(10)]))
+    assert torch.equal(*found)
+
+
 def test_the_given_batch_is_left_alone() -> None:
     for per_image in (False, True):
         batch = one_hot_batch()
@@ -220,7 +254,19 @@ def spy(seen: list[Batch]) -> Forward:
 
 @pytest.mark.parametrize("per_image", [False, True])
 def test_it_obeys_the_laws(per_image: bool) -> None:
-    check_method(lambda: CutMix(probability=1.0, per_image=per_image))
+    check_method(lambda: CutMix(probability=1.0, per_image=per_image, schedule=Steps(factor=0.5)))
+
+
+@pytest.mark.parametrize("methods", [("Quantize", "CutMix"), ("CutMix", "Quantize")])
+def test_a_quantized_network_trains_with_it_finishes_and_exports(methods: tuple[str, str]) -> None:
+    def made() -> list[Method]:
+        both: dict[str, Method] = {"Quantize": Quantize(LSQWeight(4), LSQ(4)), "CutMix": CutMix(probability=1.0)}
+        return [both[name] for name in methods]
+
+    trial = Trial(tiny_network, classify(), TinyImages(), made)
+    for number in range(2):
+        assert trial.step(number).loss.isfinite()
+    assert exported(finish(trial.learner), trial.image()).isfinite().all()
 
 
 @pytest.mark.parametrize("per_image", [False, True])

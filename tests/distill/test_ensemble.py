@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from galago.distill.ensemble import Ensemble, Held, Passed
+from galago.distill.ensemble import Ensemble
 from galago.distill.feature_fusion import FeatureFusion
 from galago.errors import UserError
 from galago.laws.trial import TinyImages, tiny_network
@@ -18,6 +18,7 @@ from galago.quantize.lsq import LSQ, LSQWeight
 from galago.quantize.oscillation import FreezeOscillations
 from galago.quantize.quantize import Quantize
 from galago.quantize.sign_flips import SignFlips
+from galago.taps import Held, Passed
 
 
 def ensemble(together: bool = False) -> Ensemble:

@@ -18,7 +18,7 @@ from galago.deploy.verify import compare
 from galago.distill.attention import Attention
 from galago.distill.distill import Distill
 from galago.distill.divergence import SHIFT, softened_divergence
-from galago.distill.ensemble import Ensemble, Passed, ensemble_in
+from galago.distill.ensemble import Ensemble, ensemble_in
 from galago.distill.feature_fusion import FeatureFusion, Fusion, mutual_divergences
 from galago.distill.hints import Hints
 from galago.distill.similarity import Similarity
@@ -38,6 +38,7 @@ from galago.recipe import Parts
 from galago.regularize.label_smoothing import LabelSmoothing
 from galago.run import load
 from galago.schedule import Constant, RampUp
+from galago.taps import Passed
 from galago.tasks.classify import Classify
 from galago.testing import check_method
 from galago.train import train

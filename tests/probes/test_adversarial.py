@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from galago.attacks import L2, Ball, Linf, against, pgd
+from galago.attacks import L2, Ball, Linf, against, pgd, whole_levels
 from galago.deploy.integer import lower
 from galago.deploy.onnx import export
 from galago.deploy.runtime import OnnxRuntime
@@ -16,7 +16,7 @@ from galago.distill.noise_injection import NoiseInjection
 from galago.errors import UserError
 from galago.laws.trial import TinyImages, classify, tiny_network
 from galago.probe import Deployed, evaluating, has_gradients
-from galago.probes.adversarial import Adversarial, draws_noise, whole_levels
+from galago.probes.adversarial import Adversarial, draws_noise
 from galago.quantize.lsq import LSQ, LSQWeight
 from galago.quantize.quantize import Quantize
 from galago.run import Run

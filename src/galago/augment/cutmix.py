@@ -15,14 +15,17 @@ of unknown inputs.
 When: training classifiers from scratch, and small students with a teacher (`galago.distill.logits`, which shows the
 teacher the mixed image). It costs one copy of the batch. Use clean images to calibrate quantizers after training.
 
-Paper settings: α = 1; probability 0.5 on CIFAR (300 epochs) and 1.0 on ImageNet. The demo's student uses it
-(`recipes/demo/student.yaml`).
+Paper settings: α = 1; probability 0.5 on CIFAR (300 epochs) and 1.0 on ImageNet, throughout the training.
+
+Recipe: recipes/regularize/cutmix_resnet20_cifar10.yaml; with a teacher recipes/demo/student.yaml.
 
 Consequences worth knowing: at α = 1 the adjusted λ is 0.70 on average for 32 pixels (clipping), not 0.5; a side of
 ⌊c / 2⌋ is laid on both sides of the center, so an odd side loses a pixel and a tiny box may be empty.
 
 Chosen here: the form per image (own λ, box and partner an image; useful in small batches) also decides per image
-whether to mix, by the same probability. Cutting in feature maps instead of images is not offered.
+whether to mix, by the same probability. A `schedule` multiplies the probability over the training, for instance
+`galago.schedule.Steps` with milestones [0.9] and factor 0, which ends on unmixed images. Cutting in feature maps
+instead of images is not offered.
 """
 
 from __future__ import annotations
@@ -31,8 +34,10 @@ import torch
 from torch import Tensor
 
 from galago.augment.mixing import draw_kept, draw_partners, mix_targets, require_probabilities, require_shares
+from galago.augment.rectangles import around, filled
 from galago.batch import Batch, Step
 from galago.method import Forward, Method
+from galago.schedule import Constant, Schedule
 
 
 def boxes(height: int, width: int, kept: Tensor, center_y: Tensor, center_x: Tensor) -> Tensor:
@@ -50,9 +55,7 @@ def boxes(height: int, width: int, kept: Tensor, center_y: Tensor, center_x: Ten
     """
     ratio = (1 - kept).sqrt()
     half_height, half_width = (height * ratio).long() // 2, (width * ratio).long() // 2
-    vertical = (center_y - half_height).clamp(0, height), (center_y + half_height).clamp(0, height)
-    horizontal = (center_x - half_width).clamp(0, width), (center_x + half_width).clamp(0, width)
-    return torch.stack([*vertical, *horizontal], dim=1)
+    return around(height, width, half_height, half_width, center_y, center_x)
 
 
 def kept_share(box: Tensor, height: int, width: int) -> Tensor:
@@ -87,12 +90,7 @@ def paste_each(image: Tensor, partners: Tensor, box: Tensor) -> Tensor:
         partners: N indices, on the image's device.
         box: N×4 integers.
     """
-    height, width = image.shape[-2:]
-    top, bottom, left, right = box.to(image.device).view(-1, 4, 1).unbind(1)
-    row, column = torch.arange(height, device=image.device), torch.arange(width, device=image.device)
-    rows, columns = (row >= top) & (row < bottom), (column >= left) & (column < right)
-    inside = rows[:, :, None] & columns[:, None, :]
-    return torch.where(inside.view(-1, *[1] * (image.ndim - 3), height, width), image[partners], image)
+    return filled(image, box, image[partners])
 
 
 class CutMix(Method):
@@ -102,22 +100,31 @@ class CutMix(Method):
         alpha: λ, the share of an image that stays its own, is drawn from Beta(alpha, alpha).
         probability: of mixing a batch (an image, in the form per image); 0.5 on CIFAR, 1.0 on ImageNet.
         per_image: draw λ, box and partner for each image instead of one λ and box a batch.
+        schedule: a factor on the probability over the training; the same throughout by default.
     """
 
-    def __init__(self, alpha: float = 1.0, probability: float = 0.5, per_image: bool = False) -> None:
+    def __init__(
+        self,
+        alpha: float = 1.0,
+        probability: float = 0.5,
+        per_image: bool = False,
+        schedule: Schedule = Constant(),  # noqa: B008 - has no state
+    ) -> None:
         super().__init__()
         require_shares(alpha, probability, "CutMix")
-        self.alpha, self.probability, self.per_image = alpha, probability, per_image
+        self.alpha, self.probability, self.per_image, self.schedule = alpha, probability, per_image, schedule
 
     def step(self, batch: Batch, inner: Forward) -> Step:
-        # without a draw at probability 0, so that training is then exactly training without CutMix
-        return inner(self.mix(batch) if self.probability > 0 else batch)
+        return inner(self.mix(batch, inner.progress))
 
-    def mix(self, batch: Batch) -> Batch:
-        """The batch with boxes pasted and targets mixed; the given one stays as it is."""
+    def mix(self, batch: Batch, progress: float = 0.0) -> Batch:
+        """The batch with boxes pasted and targets mixed, as at this moment; the given one stays as it is."""
+        probability = self.probability * self.schedule(progress)
+        if probability <= 0:
+            return batch  # without a draw, so that training is then exactly training without CutMix
         target, (height, width) = require_probabilities(batch, "CutMix"), batch.input.shape[-2:]
         count = len(batch.input) if self.per_image else 1
-        chosen = torch.rand(count, device="cpu") < self.probability
+        chosen = torch.rand(count, device="cpu") < probability
         if not chosen.any():
             return batch
         kept = draw_kept(self.alpha, count).where(chosen, 1.0)

@@ -19,33 +19,8 @@ from torch.utils._pytree import tree_map
 
 from galago.distill.branches import Parallel, apart
 from galago.layers import Wrapper, find
-from galago.taps import Taps
+from galago.taps import Held, Passed, Taps, unwatch
 from galago.task import scores_of
-
-
-class Passed(NamedTuple):
-    """What went through a layer."""
-
-    taken: Any  # its first input
-    given: Any
-
-
-class Held:
-    """What went through a layer last, until it is taken. A copy holds nothing."""
-
-    value: Any = None
-
-    def keep(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        """A forward hook."""
-        self.value = Passed(inputs[0], output)
-
-    def take(self) -> Any:
-        """What is held, which is then forgotten."""
-        value, self.value = self.value, None
-        return value
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Held:
-        return Held()
 
 
 class Heads(NamedTuple):
@@ -121,6 +96,10 @@ class Ensemble(Wrapper):
         """What everyone said in the last training pass that was not `unnoticed`; it is forgotten then."""
         heads: Heads = self._said.take()
         return heads
+
+    def unwatch(self, network: nn.Module) -> None:
+        """Takes this ensemble's hooks out of what is left of it."""
+        unwatch(network, self._passed)
 
     def _heard(self, x: Tensor, output: Any) -> Heads:
         branches = each_branch([scores_of(output), *(scores_of(peer(x)) for peer in self.peers)], self.count)

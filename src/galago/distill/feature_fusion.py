@@ -45,7 +45,7 @@ from galago.batch import Batch, Step
 from galago.data import Data
 from galago.distill.branches import branch, drawn_anew, fork_at, set_ranges
 from galago.distill.divergence import SHIFT, softened_divergence
-from galago.distill.ensemble import Ensemble, Joint, Passed, each_branch
+from galago.distill.ensemble import Ensemble, Joint, each_branch
 from galago.distill.joint_training import (
     examples,
     in_every_branch,
@@ -66,6 +66,7 @@ from galago.probe import device_of, evaluating
 from galago.quantize.quantizer import OwnRates
 from galago.schedule import RampUp, Schedule
 from galago.spec import describe
+from galago.taps import Passed
 from galago.task import scores_of
 
 

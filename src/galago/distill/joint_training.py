@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from galago.batch import Step
 from galago.data import Data
 from galago.distill.branches import Parallel
-from galago.distill.ensemble import Ensemble, Heads, Held, ensemble_in
+from galago.distill.ensemble import Ensemble, Heads, ensemble_in
 from galago.distill.teacher import scores
 from galago.errors import UserError
 from galago.layers import find, flow, swap
@@ -140,10 +140,7 @@ def shipped(model: nn.Module, images: Tensor) -> nn.Module:
     for path, part in reversed(list(model.named_modules(remove_duplicate=False))):
         if isinstance(part, Parallel | Ensemble):
             model = swap(model, path, part.layer)
-    for module in model.modules():
-        for number, hook in list(module._forward_hooks.items()):
-            if isinstance(getattr(hook, "__self__", None), Held):
-                del module._forward_hooks[number]
+    ensemble.unwatch(model)
     return model
 
 

@@ -37,7 +37,7 @@ from galago.batch import Batch, Step
 from galago.data import Data
 from galago.distill.branches import branch, fork_at, set_ranges
 from galago.distill.divergence import SHIFT, softened_divergence
-from galago.distill.ensemble import Ensemble, Joint, Passed
+from galago.distill.ensemble import Ensemble, Joint
 from galago.distill.joint_training import (
     examples,
     judged,
@@ -52,6 +52,7 @@ from galago.errors import UserError
 from galago.method import Forward, Method
 from galago.probe import device_of
 from galago.schedule import RampUp, Schedule
+from galago.taps import Passed
 
 
 def gated(branches: Sequence[Tensor], gate: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from galago.attacks import Ball, Linf, Loss, against, fgsm, pgd, worst
+from galago.attacks import Ball, Linf, Loss, against, fgsm, pgd, whole_levels, worst
 from galago.data import Data
 from galago.errors import UserError
 from galago.probe import Deployed, Probe, device_of, evaluating, has_gradients, spread
@@ -117,16 +117,6 @@ class Adversarial(Probe):
 def draws_noise(deployed: nn.Module, image: Tensor) -> bool:
     """Whether a network gives another answer when it is asked again."""
     return not torch.equal(*(scores_of(deployed(image)) for _ in range(2)))
-
-
-def whole_levels(attacked: Tensor, image: Tensor) -> Tensor:
-    """Attacked images as bytes, each value rounded towards the raw image, so that no change becomes larger.
-
-    >>> whole_levels(torch.tensor([[[[0.5]]]]), torch.tensor([[[[120]]]], dtype=torch.uint8)).item()
-    127
-    """
-    change = 255 * attacked - image
-    return (image + change.sign() * (change.abs() + 1e-3).floor()).clamp(0, 255).to(torch.uint8)
 
 
 def accuracy(deployed: nn.Module, task: Task, attack: Attack, batches: list[tuple[Tensor, Tensor]]) -> float:
