@@ -19,13 +19,14 @@ KINDS = {
     "Probe": "probe",
     "OutputProbe": "probe",
     "ViewsProbe": "probe",
+    "Corruption": "corruption",
     "Task": "task",
     "Data": "data set",
     "ImageData": "data set",
     "SGD": "optimizer",
     "AdamW": "optimizer",
 }
-FOLDERS = ("augment", "datasets", "distill", "models", "probes", "prune", "quantize", "regularize", "tasks")
+FOLDERS = ("augment", "corrupt", "datasets", "distill", "models", "probes", "prune", "quantize", "regularize", "tasks")
 
 
 class Idea(NamedTuple):

@@ -4,7 +4,8 @@ Dan Hendrycks, Thomas Dietterich, "Benchmarking Neural Network Robustness to Com
 ICLR 2019, arXiv:1903.12261; motion by shifts as in the package of Michaelis et al., "Benchmarking Robustness in Object
 Detection", arXiv:1907.07484.
 
-    defocus   each channel weighted by disk(r, a)        gaussian  blur(c)        motion  motion(r, σ, θ), θ ~ U(-45°, 45°)
+    defocus   each channel weighted by disk(r, a)        gaussian  blur(c)
+    motion    motion(r, σ, θ),  θ ~ U(-45°, 45°)
     zoom      (x + Σ_{f in F} zoom(x, f)) / (n + 1),  F = 1, 1 + step, … of n factors
     glass     blur(σ), as bytes; n times, from the last pixel to the first: pixel (h, w) ← pixel (h + dy, w + dx) with
               dx, dy from {-δ … δ - 1}; blur(σ)
@@ -26,7 +27,7 @@ import math
 import torch
 from torch import Tensor
 
-from galago.corrupt.corruption import Corruption, Setting, truncated, unit
+from galago.corrupt.corruption import Corruption, Setting, Settings, truncated, unit
 from galago.corrupt.draws import Draws
 from galago.corrupt.primitives import blur, correlate, motion, zoom
 
@@ -65,7 +66,10 @@ def zoom_blur(x: Tensor, factors: int, step: float) -> Tensor:
         factors: n, of which the first is 1.
         step: between factors.
     """
-    return torch.stack([x, *(zoom(x, 1 + i * ((1 + step) - 1)) for i in range(factors))]).mean(0)
+    total = x.clone()
+    for i in range(factors):
+        total += zoom(x, 1 + i * ((1 + step) - 1))  # factors as a floating-point range counts them
+    return total / (factors + 1)
 
 
 def glass(images: Tensor, dx: Tensor, dy: Tensor, delta: int) -> Tensor:
@@ -102,11 +106,11 @@ class DefocusBlur(Corruption):
     """A lens out of focus."""
 
     name = "defocus_blur"
-    settings = {
-        32: [(0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1)],
-        64: [(0.5, 0.6), (1, 0.1), (1.5, 0.1), (2.5, 0.01), (3, 0.1)],
-        224: [(3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5)],
-    }
+    settings = Settings(
+        cifar=[(0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1)],
+        tiny_imagenet=[(0.5, 0.6), (1, 0.1), (1.5, 0.1), (2.5, 0.01), (3, 0.1)],
+        imagenet=[(3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5)],
+    )
 
     def corrupt(self, images: Tensor, setting: Setting, draws: Draws) -> Tensor:
         return truncated(correlate(unit(images), without_zeros(disk(*setting))))
@@ -116,11 +120,11 @@ class GlassBlur(Corruption):
     """A view through frosted glass."""
 
     name = "glass_blur"
-    settings = {
-        32: [(0.05, 1, 1), (0.25, 1, 1), (0.4, 1, 1), (0.25, 1, 2), (0.4, 1, 2)],
-        64: [(0.1, 1, 1), (0.5, 1, 1), (0.6, 1, 2), (0.7, 2, 1), (0.9, 2, 2)],
-        224: [(0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2)],
-    }
+    settings = Settings(
+        cifar=[(0.05, 1, 1), (0.25, 1, 1), (0.4, 1, 1), (0.25, 1, 2), (0.4, 1, 2)],
+        tiny_imagenet=[(0.1, 1, 1), (0.5, 1, 1), (0.6, 1, 2), (0.7, 2, 1), (0.9, 2, 2)],
+        imagenet=[(0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2)],
+    )
 
     def corrupt(self, images: Tensor, setting: Setting, draws: Draws) -> Tensor:
         sigma, delta, passes = setting[0], int(setting[1]), int(setting[2])
@@ -136,11 +140,11 @@ class MotionBlur(Corruption):
     """A camera that moves."""
 
     name = "motion_blur"
-    settings = {
-        32: [(6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)],
-        64: [(10, 1), (10, 1.5), (10, 2), (10, 2.5), (12, 3)],
-        224: [(10, 3), (15, 5), (15, 8), (15, 12), (20, 15)],
-    }
+    settings = Settings(
+        cifar=[(6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)],
+        tiny_imagenet=[(10, 1), (10, 1.5), (10, 2), (10, 2.5), (12, 3)],
+        imagenet=[(10, 3), (15, 5), (15, 8), (15, 12), (20, 15)],
+    )
 
     def corrupt(self, images: Tensor, setting: Setting, draws: Draws) -> Tensor:
         theta = draws.uniform(-math.pi / 4, math.pi / 4)
@@ -151,11 +155,11 @@ class ZoomBlur(Corruption):
     """A camera that comes closer."""
 
     name = "zoom_blur"
-    settings = {
-        32: [(7, 0.01), (12, 0.01), (16, 0.01), (21, 0.01), (26, 0.01)],
-        64: [(7, 0.01), (12, 0.01), (16, 0.01), (21, 0.01), (26, 0.01)],
-        224: [(12, 0.01), (16, 0.01), (11, 0.02), (13, 0.02), (11, 0.03)],
-    }
+    settings = Settings(
+        cifar=[(7, 0.01), (12, 0.01), (16, 0.01), (21, 0.01), (26, 0.01)],
+        tiny_imagenet=[(7, 0.01), (12, 0.01), (16, 0.01), (21, 0.01), (26, 0.01)],
+        imagenet=[(12, 0.01), (16, 0.01), (11, 0.02), (13, 0.02), (11, 0.03)],
+    )
 
     def corrupt(self, images: Tensor, setting: Setting, draws: Draws) -> Tensor:
         return truncated(zoom_blur(unit(images), int(setting[0]), setting[1]))
@@ -165,11 +169,11 @@ class GaussianBlur(Corruption):
     """The plain blur; kept for validation."""
 
     name = "gaussian_blur"
-    settings = {
-        32: [(0.4,), (0.6,), (0.7,), (0.8,), (1,)],
-        64: [(0.5,), (0.75,), (1,), (1.25,), (1.5,)],
-        224: [(1,), (2,), (3,), (4,), (6,)],
-    }
+    settings = Settings(
+        cifar=[(0.4,), (0.6,), (0.7,), (0.8,), (1,)],
+        tiny_imagenet=[(0.5,), (0.75,), (1,), (1.25,), (1.5,)],
+        imagenet=[(1,), (2,), (3,), (4,), (6,)],
+    )
 
     def corrupt(self, images: Tensor, setting: Setting, draws: Draws) -> Tensor:
         return truncated(blur(unit(images), setting[0]))

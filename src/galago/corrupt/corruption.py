@@ -17,7 +17,8 @@ equal ones, but for types that change nothing except color, which refuse it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,9 +27,21 @@ from galago.corrupt.draws import Draws, seed_of
 from galago.errors import UserError
 
 Setting = Sequence[float]  # the parameters of one severity, as the type's formula names them
+SIZES = (32, 64, 224)
 SEVERITIES = (1, 2, 3, 4, 5)
 SMALLEST = 8  # pixels; below, a severe blur is wider than the image
-_CHUNK = 2**19  # values corrupted at a time, so that they stay in the processor's cache
+
+
+class Settings(NamedTuple):
+    """The published tables: the parameters of severities 1 to 5 for three sizes of images."""
+
+    cifar: Sequence[Setting]
+    tiny_imagenet: Sequence[Setting]
+    imagenet: Sequence[Setting]
+
+    def at(self, size: int) -> Sequence[Setting]:
+        """Those for images of this size."""
+        return self[SIZES.index(nearest(size))]
 
 
 class Corruption(ABC):
@@ -36,13 +49,15 @@ class Corruption(ABC):
 
     Attributes:
         name: of the type, as the benchmark has it.
-        settings: for each published image size, the parameters of severities 1 to 5.
+        settings: its parameters.
         needs_color: whether it makes no sense for images of one channel.
+        values_at_once: how many are worked on together, so that they stay in the processor's cache.
     """
 
     name: str
-    settings: Mapping[int, Sequence[Setting]]
+    settings: Settings
     needs_color: bool = False
+    values_at_once: int = 2**18
 
     def __call__(self, images: Tensor, severity: int, indices: Iterable[int]) -> Tensor:
         """Corrupted images, N×C×H×W, uint8.
@@ -60,12 +75,16 @@ class Corruption(ABC):
         seeds = [seed_of(int(index), self.name, severity) for index in indices]
         if len(seeds) != len(images):
             raise ValueError(f"{len(images)} images need as many indices, not {len(seeds)}")
-        at_once = max(1, _CHUNK // max(1, images[:1].numel()))
+        at_once = max(1, self.values_at_once // max(1, images[:1].numel()))
         parts = [
             self.corrupt(part, self.setting(images, severity), Draws(seeds[first : first + at_once]))
-            for first, part in zip(range(0, len(images), at_once), images.split(at_once), strict=False)
+            for first, part in zip(range(0, len(images), at_once), torch.split(images, at_once), strict=False)
         ]
         return torch.cat(parts) if len(images) else images.clone()
+
+    def identity(self) -> str:
+        """Everything about this type that decides how an image comes out; for the name of a set of images."""
+        return self.name
 
     @abstractmethod
     def corrupt(self, images: Tensor, setting: Setting, draws: Draws) -> Tensor:
@@ -79,7 +98,7 @@ class Corruption(ABC):
 
     def setting(self, images: Tensor, severity: int) -> Setting:
         """The parameters for images of this size."""
-        return self.settings[nearest(min(images.shape[-2:]))][severity - 1]
+        return self.settings.at(min(images.shape[-2:]))[severity - 1]
 
     def require(self, images: Tensor) -> None:
         """Checks that these images can be corrupted so.
@@ -117,7 +136,7 @@ def nearest(size: int) -> int:
     >>> nearest(28), nearest(96), nearest(160)
     (32, 64, 224)
     """
-    return min((32, 64, 224), key=lambda table: abs(table - size))
+    return min(SIZES, key=lambda table: abs(table - size))
 
 
 def unit(images: Tensor, precision: torch.dtype = torch.float32) -> Tensor:

@@ -3,7 +3,8 @@
 Dan Hendrycks, Thomas Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and Perturbations",
 ICLR 2019, arXiv:1903.12261.
 
-    contrast  (x - mean) c + mean, the mean of each channel        brightness  V + c in HSV        saturate  S c1 + c2 in HSV
+    contrast  (x - mean) c + mean, the mean of each channel
+    HSV       brightness V + c, saturate S c1 + c2, clipped
     pixelate  averaged down to ⌊S c⌋, each pixel drawn as a square        jpeg  encoded with quality c, and decoded
     elastic   an affine map that moves three points by U(-A, A); then what is at (x + dx, y + dy), where dx and dy are
               α blur(σ) of U(-1, 1) at each pixel
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.io import decode_jpeg, encode_jpeg
 
-from galago.corrupt.corruption import Corruption, Setting, nearest, truncated, unit
+from galago.corrupt.corruption import Corruption, Setting, Settings, nearest, truncated, unit
 from galago.corrupt.draws import Draws
 from galago.corrupt.primitives import blur, reflected
 
@@ -122,11 +123,11 @@ class Brightness(Corruption):
     """Too much light."""
 
     name = "brightness"
-    settings = {
-        32: [(0.05,), (0.1,), (0.15,), (0.2,), (0.3,)],
-        64: [(0.1,), (0.2,), (0.3,), (0.4,), (0.5,)],
-        224: [(0.1,), (0.2,), (0.3,), (0.4,), (0.5,)],
-    }
+    settings = Settings(
+        cifar=[(0.05,), (0.1,), (0.15,), (0.2,), (0.3,)],
+        tiny_imagenet=[(0.1,), (0.2,), (0.3,), (0.4,), (0.5,)],
+        imagenet=[(0.1,), (0.2,), (0.3,), (0.4,), (0.5,)],
+    )
 
     def corrupt(self, images: Tensor, setting: Setting, draws: Draws) -> Tensor:
         return truncated(brightness(unit(images, torch.float64), setting[0]))
@@ -136,11 +137,11 @@ class Contrast(Corruption):
     """Mist, or a bad display."""
 
     name = "contrast"
-    settings = {
-        32: [(0.75,), (0.5,), (0.4,), (0.3,), (0.15,)],
-        64: [(0.4,), (0.3,), (0.2,), (0.1,), (0.05,)],
-        224: [(0.4,), (0.3,), (0.2,), (0.1,), (0.05,)],
-    }
+    settings = Settings(
+        cifar=[(0.75,), (0.5,), (0.4,), (0.3,), (0.15,)],
+        tiny_imagenet=[(0.4,), (0.3,), (0.2,), (0.1,), (0.05,)],
+        imagenet=[(0.4,), (0.3,), (0.2,), (0.1,), (0.05,)],
+    )
 
     def corrupt(self, images: Tensor, setting: Setting, draws: Draws) -> Tensor:
         return truncated(contrast(unit(images), setting[0]))
@@ -150,11 +151,11 @@ class ElasticTransform(Corruption):
     """Things that are stretched and squeezed."""
 
     name = "elastic_transform"
-    settings = {
-        32: [(0, 0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05), (0.1, 0.03, 0.03)],
-        64: [(0, 0, 0.08), (0.05, 0.3, 0.06), (0.1, 0.08, 0.06), (0.1, 0.03, 0.03), (0.16, 0.03, 0.02)],
-        224: [(2, 0.7, 0.1), (2, 0.08, 0.2), (0.05, 0.01, 0.02), (0.07, 0.01, 0.02), (0.12, 0.01, 0.02)],
-    }
+    settings = Settings(
+        cifar=[(0, 0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05), (0.1, 0.03, 0.03)],
+        tiny_imagenet=[(0, 0, 0.08), (0.05, 0.3, 0.06), (0.1, 0.08, 0.06), (0.1, 0.03, 0.03), (0.16, 0.03, 0.02)],
+        imagenet=[(2, 0.7, 0.1), (2, 0.08, 0.2), (0.05, 0.01, 0.02), (0.07, 0.01, 0.02), (0.12, 0.01, 0.02)],
+    )
 
     def corrupt(self, images: Tensor, setting: Setting, draws: Draws) -> Tensor:
         side = min(images.shape[-2:])
@@ -169,11 +170,11 @@ class Pixelate(Corruption):
     """An image that was stored small."""
 
     name = "pixelate"
-    settings = {
-        32: [(0.95,), (0.9,), (0.85,), (0.75,), (0.65,)],
-        64: [(0.9,), (0.8,), (0.7,), (0.6,), (0.5,)],
-        224: [(0.6,), (0.5,), (0.4,), (0.3,), (0.25,)],
-    }
+    settings = Settings(
+        cifar=[(0.95,), (0.9,), (0.85,), (0.75,), (0.65,)],
+        tiny_imagenet=[(0.9,), (0.8,), (0.7,), (0.6,), (0.5,)],
+        imagenet=[(0.6,), (0.5,), (0.4,), (0.3,), (0.25,)],
+    )
 
     def corrupt(self, images: Tensor, setting: Setting, draws: Draws) -> Tensor:
         return pixelate(images, setting[0])
@@ -183,11 +184,11 @@ class JPEGCompression(Corruption):
     """An image that was stored in few bytes."""
 
     name = "jpeg_compression"
-    settings = {
-        32: [(80,), (65,), (58,), (50,), (40,)],
-        64: [(65,), (58,), (50,), (40,), (25,)],
-        224: [(25,), (18,), (15,), (10,), (7,)],
-    }
+    settings = Settings(
+        cifar=[(80,), (65,), (58,), (50,), (40,)],
+        tiny_imagenet=[(65,), (58,), (50,), (40,), (25,)],
+        imagenet=[(25,), (18,), (15,), (10,), (7,)],
+    )
 
     def corrupt(self, images: Tensor, setting: Setting, draws: Draws) -> Tensor:
         return torch.stack([decode_jpeg(encode_jpeg(image, int(setting[0]))) for image in images])
@@ -198,11 +199,11 @@ class Saturate(Corruption):
 
     name = "saturate"
     needs_color = True
-    settings = {
-        32: [(0.3, 0), (0.1, 0), (1.5, 0), (2, 0.1), (2.5, 0.2)],
-        64: [(0.3, 0), (0.1, 0), (2, 0), (5, 0.1), (30, 0.2)],
-        224: [(0.3, 0), (0.1, 0), (2, 0), (5, 0.1), (20, 0.2)],
-    }
+    settings = Settings(
+        cifar=[(0.3, 0), (0.1, 0), (1.5, 0), (2, 0.1), (2.5, 0.2)],
+        tiny_imagenet=[(0.3, 0), (0.1, 0), (2, 0), (5, 0.1), (30, 0.2)],
+        imagenet=[(0.3, 0), (0.1, 0), (2, 0), (5, 0.1), (20, 0.2)],
+    )
 
     def corrupt(self, images: Tensor, setting: Setting, draws: Draws) -> Tensor:
         return truncated(saturate(unit(images, torch.float64), setting[0], setting[1]))

@@ -83,10 +83,11 @@ class Draws:
             scale: the mean at level 255.
         """
         share, other = photon_columns(scale)
-        place = self.integers(0, 2**31 - 1, *level.shape[1:]).double() * ((scale + 1) / (2**31 - 1))
-        column = place.long()
-        where = level.long() * (scale + 1) + column
-        return torch.where(place - column < share.take(where), column, other.take(where))
+        place = self.integers(0, 2**31 - 1, *level.shape[1:]).double().mul_((scale + 1) / (2**31 - 1))
+        column = place.int()
+        where = level.int().mul_(scale + 1).add_(column).flatten()
+        kept = place.sub_(column).flatten() < share.index_select(0, where)
+        return torch.where(kept, column.flatten(), other.index_select(0, where)).view(level.shape)
 
     def _seeded(self, drawn: Tensor) -> Iterator[Tensor]:
         """Each image's part of what is to be drawn, when the generator is seeded for it."""
@@ -104,7 +105,7 @@ def photon_columns(scale: int) -> tuple[Tensor, Tensor]:
         scale: c; level v has the rate c v/255.
 
     Returns:
-        What share of each column is its own count, and the count that has the rest; 256×(scale + 1) each.
+        What share of each column is its own count, and the count that has the rest; 256 · (scale + 1) each.
     """
     rest = photon_probabilities(scale) * (scale + 1)
     share, other = torch.ones_like(rest), torch.arange(scale + 1).repeat(256, 1)
@@ -115,7 +116,7 @@ def photon_columns(scale: int) -> tuple[Tensor, Tensor]:
         share[levels, poor], other[levels, poor] = rest[levels, poor], rich
         rest[levels, rich] -= 1 - rest[levels, poor]
         open_[levels, poor] = False
-    return share, other
+    return share.flatten(), other.flatten().int()
 
 
 def photon_probabilities(scale: int) -> Tensor:

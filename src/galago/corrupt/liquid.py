@@ -23,7 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from galago.corrupt.corruption import Corruption, Setting, gray, truncated, unit
+from galago.corrupt.corruption import Corruption, Setting, Settings, gray, truncated, unit
 from galago.corrupt.draws import Draws
 from galago.corrupt.primitives import blur, correlate
 
@@ -163,29 +163,30 @@ class Spatter(Corruption):
     """Drops of water (severities 1 to 3) or mud (4 and 5) on the lens; kept for validation."""
 
     name = "spatter"
-    settings = {
-        32: [
+    values_at_once = 2**22  # distances are found row by row, for all images together
+    settings = Settings(
+        cifar=[
             (0.62, 0.1, 0.7, 0.7, 0.5, 0),
             (0.65, 0.1, 0.8, 0.7, 0.5, 0),
             (0.65, 0.3, 1, 0.69, 0.5, 0),
             (0.65, 0.1, 0.7, 0.69, 0.6, 1),
             (0.65, 0.1, 0.5, 0.68, 0.6, 1),
         ],
-        64: [
+        tiny_imagenet=[
             (0.62, 0.1, 0.7, 0.7, 0.6, 0),
             (0.65, 0.1, 0.8, 0.7, 0.6, 0),
             (0.65, 0.3, 1, 0.69, 0.6, 0),
             (0.65, 0.1, 0.7, 0.68, 0.6, 1),
             (0.65, 0.1, 0.5, 0.67, 0.6, 1),
         ],
-        224: [
+        imagenet=[
             (0.65, 0.3, 4, 0.69, 0.6, 0),
             (0.65, 0.3, 3, 0.68, 0.6, 0),
             (0.65, 0.3, 2, 0.68, 0.5, 0),
             (0.65, 0.3, 1, 0.65, 1.5, 1),
             (0.67, 0.4, 1, 0.65, 1.5, 1),
         ],
-    }
+    )
 
     def corrupt(self, images: Tensor, setting: Setting, draws: Draws) -> Tensor:
         m, sigma, b, t, k, muddy = setting

@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from galago.corrupt.corruption import Corruption, Setting, truncated, unit
+from galago.corrupt.corruption import Corruption, Setting, Settings, truncated, unit
 from galago.corrupt.draws import Draws
 
 
@@ -55,11 +55,11 @@ class GaussianNoise(Corruption):
     """Noise of a sensor in little light."""
 
     name = "gaussian_noise"
-    settings = {
-        32: [(0.04,), (0.06,), (0.08,), (0.09,), (0.10,)],
-        64: [(0.04,), (0.08,), (0.12,), (0.15,), (0.18,)],
-        224: [(0.08,), (0.12,), (0.18,), (0.26,), (0.38,)],
-    }
+    settings = Settings(
+        cifar=[(0.04,), (0.06,), (0.08,), (0.09,), (0.10,)],
+        tiny_imagenet=[(0.04,), (0.08,), (0.12,), (0.15,), (0.18,)],
+        imagenet=[(0.08,), (0.12,), (0.18,), (0.26,), (0.38,)],
+    )
 
     def corrupt(self, images: Tensor, setting: Setting, draws: Draws) -> Tensor:
         (c,) = setting
@@ -70,11 +70,11 @@ class ShotNoise(Corruption):
     """Noise of few photons."""
 
     name = "shot_noise"
-    settings = {
-        32: [(500,), (250,), (100,), (75,), (50,)],
-        64: [(250,), (100,), (50,), (30,), (15,)],
-        224: [(60,), (25,), (12,), (5,), (3,)],
-    }
+    settings = Settings(
+        cifar=[(500,), (250,), (100,), (75,), (50,)],
+        tiny_imagenet=[(250,), (100,), (50,), (30,), (15,)],
+        imagenet=[(60,), (25,), (12,), (5,), (3,)],
+    )
 
     def corrupt(self, images: Tensor, setting: Setting, draws: Draws) -> Tensor:
         (c,) = setting
@@ -85,11 +85,11 @@ class ImpulseNoise(Corruption):
     """Broken pixels: salt and pepper, in each channel by itself."""
 
     name = "impulse_noise"
-    settings = {
-        32: [(0.01,), (0.02,), (0.03,), (0.05,), (0.07,)],
-        64: [(0.01,), (0.02,), (0.05,), (0.08,), (0.14,)],
-        224: [(0.03,), (0.06,), (0.09,), (0.17,), (0.27,)],
-    }
+    settings = Settings(
+        cifar=[(0.01,), (0.02,), (0.03,), (0.05,), (0.07,)],
+        tiny_imagenet=[(0.01,), (0.02,), (0.05,), (0.08,), (0.14,)],
+        imagenet=[(0.03,), (0.06,), (0.09,), (0.17,), (0.27,)],
+    )
 
     def corrupt(self, images: Tensor, setting: Setting, draws: Draws) -> Tensor:
         (c,) = setting
@@ -101,11 +101,11 @@ class SpeckleNoise(Corruption):
     """Noise that is multiplied, as in radar and ultrasound; kept for validation."""
 
     name = "speckle_noise"
-    settings = {
-        32: [(0.06,), (0.1,), (0.12,), (0.16,), (0.2,)],
-        64: [(0.15,), (0.2,), (0.25,), (0.3,), (0.35,)],
-        224: [(0.15,), (0.2,), (0.35,), (0.45,), (0.6,)],
-    }
+    settings = Settings(
+        cifar=[(0.06,), (0.1,), (0.12,), (0.16,), (0.2,)],
+        tiny_imagenet=[(0.15,), (0.2,), (0.25,), (0.3,), (0.35,)],
+        imagenet=[(0.15,), (0.2,), (0.35,), (0.45,), (0.6,)],
+    )
 
     def corrupt(self, images: Tensor, setting: Setting, draws: Draws) -> Tensor:
         (c,) = setting

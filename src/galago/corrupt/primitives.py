@@ -81,7 +81,8 @@ def _transformed(padded: Tensor, kernel: Tensor, size: torch.Size) -> Tensor:
     """Through Fourier space: the quicker way for many."""
     wide, edge = [quick_size(side) for side in padded.shape[-2:]], len(kernel) - 1
     spectrum = torch.fft.rfft2(padded, s=wide) * torch.fft.rfft2(kernel.flip(0, 1).to(padded), s=wide)
-    return torch.fft.irfft2(spectrum, s=wide)[..., edge : edge + size[0], edge : edge + size[1]]
+    found: Tensor = torch.fft.irfft2(spectrum, s=wide)
+    return found[..., edge : edge + size[0], edge : edge + size[1]]
 
 
 def quick_size(size: int) -> int:
@@ -142,14 +143,15 @@ def motion(v: Tensor, radius: int, sigma: float, theta: Tensor) -> Tensor:
     height, width = v.shape[-2:]
     weights = motion_weights(radius, sigma)
     wide = len(weights)
-    padded = nn.functional.pad(v, (wide, wide, wide, wide), mode="replicate")
-    out = torch.zeros_like(v)
-    for image, source, angle in zip(out, padded, theta.tolist(), strict=True):
+    padded = nn.functional.pad(v, (wide, wide, wide, wide), mode="replicate").contiguous()
+    out, (image, *stride) = torch.zeros_like(v), padded.stride()
+    for n, angle in enumerate(theta.tolist()):
+        moved, middle = out[n], n * image + wide * stride[1] + wide
         for i, weight in enumerate(weights):
             dy, dx = motion_shift(i, angle)
             if abs(dy) >= height or abs(dx) >= width:
                 break
-            image.add_(source[:, wide - dy : wide - dy + height, wide - dx : wide - dx + width], alpha=weight)
+            moved.add_(padded.as_strided(moved.shape, stride, middle - dy * stride[1] - dx), alpha=weight)
     return (out + 1e-4).floor()  # what should be whole is a little less in float32
 
 

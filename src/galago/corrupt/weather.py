@@ -24,18 +24,19 @@ from __future__ import annotations
 import math
 from functools import lru_cache
 from pathlib import Path
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
 from torchvision.io import ImageReadMode, decode_image, read_file
 
-from galago.corrupt.corruption import Corruption, Setting, gray, nearest, truncated, unit
+from galago.corrupt.corruption import SIZES, Corruption, Setting, Settings, gray, nearest, truncated, unit
 from galago.corrupt.draws import Draws
 from galago.corrupt.primitives import motion, plasma, power_of_two, zoom
 from galago.errors import UserError
 
 TEXTURES = 5
-_SCALES = {32: 0.2, 64: 0.3, 224: 1.0}
+_SCALES = dict(zip(SIZES, (0.2, 0.3, 1.0), strict=True))
 
 
 def snow_layer(n: Tensor, m: float, sigma: float, z: float, t: float) -> Tensor:
@@ -93,9 +94,10 @@ def photographs(folder: Path, scale: float) -> tuple[Tensor, ...]:
 
 def _read(file: Path) -> Tensor:
     try:
-        return decode_image(read_file(str(file)), ImageReadMode.RGB)
+        image: Tensor = decode_image(read_file(str(file)), ImageReadMode.RGB)
     except RuntimeError as error:
         raise UserError(f"Frost: cannot read {file}: {str(error).splitlines()[0]}") from error
+    return image
 
 
 def _scaled(image: Tensor, scale: float) -> Tensor:
@@ -114,29 +116,29 @@ class Snow(Corruption):
     """Snow that falls."""
 
     name = "snow"
-    settings = {
-        32: [
+    settings = Settings(
+        cifar=[
             (0.1, 0.2, 1, 0.6, 8, 3, 0.95),
             (0.1, 0.2, 1, 0.5, 10, 4, 0.9),
             (0.15, 0.3, 1.75, 0.55, 10, 4, 0.9),
             (0.25, 0.3, 2.25, 0.6, 12, 6, 0.85),
             (0.3, 0.3, 1.25, 0.65, 14, 12, 0.8),
         ],
-        64: [
+        tiny_imagenet=[
             (0.1, 0.2, 1, 0.6, 8, 3, 0.8),
             (0.1, 0.2, 1, 0.5, 10, 4, 0.8),
             (0.15, 0.3, 1.75, 0.55, 10, 4, 0.7),
             (0.25, 0.3, 2.25, 0.6, 12, 6, 0.65),
             (0.3, 0.3, 1.25, 0.65, 14, 12, 0.6),
         ],
-        224: [
+        imagenet=[
             (0.1, 0.3, 3, 0.5, 10, 4, 0.8),
             (0.2, 0.3, 2, 0.5, 12, 4, 0.7),
             (0.55, 0.3, 4, 0.9, 12, 8, 0.7),
             (0.55, 0.3, 4.5, 0.85, 12, 8, 0.65),
             (0.55, 0.3, 2.5, 0.85, 12, 12, 0.55),
         ],
-    }
+    )
 
     def corrupt(self, images: Tensor, setting: Setting, draws: Draws) -> Tensor:
         m, sigma, z, t, r, b, k = setting
@@ -153,16 +155,25 @@ class Frost(Corruption):
     """
 
     name = "frost_synthetic"
-    settings = {
-        32: [(1, 0.2), (1, 0.3), (0.9, 0.4), (0.85, 0.4), (0.75, 0.45)],
-        64: [(1, 0.3), (0.9, 0.4), (0.8, 0.45), (0.75, 0.5), (0.7, 0.55)],
-        224: [(1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75)],
-    }
+    settings = Settings(
+        cifar=[(1, 0.2), (1, 0.3), (0.9, 0.4), (0.85, 0.4), (0.75, 0.45)],
+        tiny_imagenet=[(1, 0.3), (0.9, 0.4), (0.8, 0.45), (0.75, 0.5), (0.7, 0.55)],
+        imagenet=[(1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75)],
+    )
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder
         if folder is not None:
             self.name = "frost"
+
+    def identity(self) -> str:
+        return (
+            self.name if self.folder is None else f"{self.name}-{crc32(str(Path(self.folder).resolve()).encode()):08x}"
+        )
+
+    def require(self, images: Tensor) -> None:
+        super().require(images)
+        self.textures(images.shape[-2:])
 
     def corrupt(self, images: Tensor, setting: Setting, draws: Draws) -> Tensor:
         textures, size = self.textures(images.shape[-2:]), images.shape[-2:]
@@ -191,11 +202,11 @@ class Fog(Corruption):
     """Fog in front of everything."""
 
     name = "fog"
-    settings = {
-        32: [(0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)],
-        64: [(0.4, 3), (0.7, 3), (1, 2.5), (1.5, 2), (2, 1.75)],
-        224: [(1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)],
-    }
+    settings = Settings(
+        cifar=[(0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)],
+        tiny_imagenet=[(0.4, 3), (0.7, 3), (1, 2.5), (1.5, 2), (2, 1.75)],
+        imagenet=[(1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)],
+    )
 
     def corrupt(self, images: Tensor, setting: Setting, draws: Draws) -> Tensor:
         a, d = setting

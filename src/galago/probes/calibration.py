@@ -25,64 +25,13 @@ float64 count as that number, so NLL stays finite.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from galago.errors import UserError
 from galago.probe import OutputProbe, Outputs
+from galago.reliability import Bins, answers, equal_counts, judged, reliability
 from galago.task import Task
-
-
-class Bins(NamedTuple):
-    """A reliability diagram: one entry a bin, float64. Empty bins have 0 images and zeros."""
-
-    confidence: Tensor  # mean confidence in the bin
-    accuracy: Tensor  # share of right answers in the bin
-    images: Tensor  # how many
-
-    def gaps(self) -> Tensor:
-        """|accuracy − confidence| of each bin; 0 where it is empty."""
-        return (self.accuracy - self.confidence).abs()
-
-    def expected_error(self) -> float:
-        """The gaps, averaged over images."""
-        return float((self.images * self.gaps()).sum() / self.images.sum().clamp_min(1))
-
-    def largest_error(self) -> float:
-        """The largest gap of any bin."""
-        return float(self.gaps().max())
-
-
-def reliability(confidence: Tensor, correct: Tensor, bins: int = 15) -> Bins:
-    """The reliability diagram with bins of equal width, closed on the right; a confidence of 0 is in the first.
-
-    Args:
-        confidence: N, in [0, 1].
-        correct: N, 1 where the answer was right.
-        bins: how many.
-
-    >>> diagram = reliability(torch.tensor([0.9, 0.9, 0.3]), torch.tensor([1, 0, 0]), bins=2)
-    >>> round(diagram.expected_error(), 6), round(diagram.largest_error(), 6)
-    (0.366667, 0.4)
-    """
-    edges = torch.arange(1, bins, dtype=torch.float64) / bins
-    return _means(confidence.double(), correct.double(), torch.bucketize(confidence.double(), edges), bins)
-
-
-def equal_counts(confidence: Tensor, correct: Tensor, bins: int = 15) -> Bins:
-    """The reliability diagram with bins of equal count (the first N mod M hold one image more).
-
-    Args:
-        confidence: N, in [0, 1].
-        correct: N, 1 where the answer was right.
-        bins: how many.
-    """
-    order = confidence.double().argsort(stable=True)
-    sizes = torch.tensor([len(chunk) for chunk in torch.tensor_split(order, bins)])
-    where = torch.repeat_interleave(torch.arange(bins), sizes)
-    return _means(confidence.double()[order], correct.double()[order], where, bins)
 
 
 def class_wise_error(probabilities: Tensor, label: Tensor, bins: int = 15) -> float:
@@ -113,12 +62,6 @@ def brier(probabilities: Tensor, label: Tensor) -> float:
     return float((probabilities.double() - truth).square().sum(1).mean())
 
 
-def _means(confidence: Tensor, correct: Tensor, where: Tensor, bins: int) -> Bins:
-    count = torch.bincount(where, minlength=bins).double()
-    means = [torch.bincount(where, values, bins) / count.clamp_min(1) for values in (confidence, correct)]
-    return Bins(means[0], means[1], count)
-
-
 class Calibration(OutputProbe):
     """Calibration errors and proper scores: `ece`, `mce`, `adaptive_ece`, `class_wise_ece`, `nll`, `brier`.
 
@@ -133,12 +76,12 @@ class Calibration(OutputProbe):
 
     def diagram(self, outputs: Outputs, task: Task) -> Bins:
         """Confidence, accuracy and count of each bin, for a plot."""
-        probabilities, label = _judged(outputs, task)
-        return reliability(*_answers(probabilities, label), self.bins)
+        probabilities, label = judged(outputs, task)
+        return reliability(*answers(probabilities, label), self.bins)
 
     def score(self, outputs: Outputs, task: Task) -> dict[str, float]:
-        probabilities, label = _judged(outputs, task)
-        confidence, correct = _answers(probabilities, label)
+        probabilities, label = judged(outputs, task)
+        confidence, correct = answers(probabilities, label)
         diagram = reliability(confidence, correct, self.bins)
         return {
             "ece": diagram.expected_error(),
@@ -148,15 +91,3 @@ class Calibration(OutputProbe):
             "nll": negative_log_likelihood(probabilities, label),
             "brier": brier(probabilities, label),
         }
-
-
-def _judged(outputs: Outputs, task: Task) -> tuple[Tensor, Tensor]:
-    """Probabilities in float64 and labels."""
-    probabilities: Tensor = task.decode(outputs.output.double())
-    return probabilities, outputs.target.argmax(1)
-
-
-def _answers(probabilities: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-    """Confidence of the predicted class (the lowest index on ties) and whether it was right."""
-    confidence, predicted = probabilities.max(1)
-    return confidence, predicted == label
