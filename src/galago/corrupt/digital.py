@@ -22,9 +22,13 @@ lengths are in units of the image's smaller side, and of 244/224 of it for large
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
-from torchvision.io import decode_jpeg, encode_jpeg
 
 from galago.corrupt.corruption import Corruption, Setting, Settings, nearest, truncated, unit
 from galago.corrupt.draws import Draws
@@ -85,6 +89,21 @@ def pixelate(images: Tensor, c: float) -> Tensor:
     small = (down @ small + 0.5).floor().to(torch.uint8)
     row, column = (((torch.arange(side) + 0.5) * fewer / side).long() for side, fewer in zip(size, few, strict=True))
     return small.index_select(2, row).index_select(3, column)
+
+
+def jpeg(images: Tensor, quality: int) -> Tensor:
+    """Encoded as JPEG and decoded, by as many threads as PyTorch uses. N×C×H×W, uint8."""
+    parts = torch.chunk(images, torch.get_num_threads())
+    with ThreadPoolExecutor(len(parts)) as pool:
+        return torch.cat(list(pool.map(lambda part: torch.stack([_recoded(image, quality) for image in part]), parts)))
+
+
+def _recoded(image: Tensor, quality: int) -> Tensor:
+    file, gray = BytesIO(), len(image) == 1
+    pixels = image[0] if gray else image.permute(1, 2, 0).contiguous()
+    Image.fromarray(pixels.numpy()).save(file, "JPEG", quality=quality)
+    decoded = torch.from_numpy(np.array(Image.open(file)))
+    return decoded[None] if gray else decoded.permute(2, 0, 1)
 
 
 def affine(image: Tensor, offset: Tensor) -> Tensor:
@@ -191,7 +210,7 @@ class JPEGCompression(Corruption):
     )
 
     def corrupt(self, images: Tensor, setting: Setting, draws: Draws) -> Tensor:
-        return torch.stack([decode_jpeg(encode_jpeg(image, int(setting[0]))) for image in images])
+        return jpeg(images, int(setting[0]))
 
 
 class Saturate(Corruption):

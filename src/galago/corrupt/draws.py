@@ -108,14 +108,14 @@ def photon_columns(scale: int) -> tuple[Tensor, Tensor]:
         What share of each column is its own count, and the count that has the rest; 256 · (scale + 1) each.
     """
     rest = photon_probabilities(scale) * (scale + 1)
-    share, other = torch.ones_like(rest), torch.arange(scale + 1).repeat(256, 1)
-    open_, levels = torch.ones_like(rest, dtype=torch.bool), torch.arange(256)
+    share, other, levels = torch.ones_like(rest), torch.arange(scale + 1).repeat(256, 1), torch.arange(256)
+    least, most = rest.clone(), rest.clone()  # of the columns that are not full yet; the others are infinitely far
     for _ in range(scale):
-        poor = rest.masked_fill(~open_, torch.inf).argmin(1)
-        rich = rest.masked_fill(~open_, -torch.inf).argmax(1)
-        share[levels, poor], other[levels, poor] = rest[levels, poor], rich
-        rest[levels, rich] -= 1 - rest[levels, poor]
-        open_[levels, poor] = False
+        poor, rich = least.argmin(1), most.argmax(1)
+        share[levels, poor], other[levels, poor] = least[levels, poor], rich
+        left = most[levels, rich] - (1 - least[levels, poor])
+        least[levels, rich] = most[levels, rich] = left
+        least[levels, poor], most[levels, poor] = torch.inf, -torch.inf
     return share.flatten(), other.flatten().int()
 
 

@@ -26,9 +26,10 @@ from functools import lru_cache
 from pathlib import Path
 from zlib import crc32
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
-from torchvision.io import ImageReadMode, decode_image, read_file
 
 from galago.corrupt.corruption import SIZES, Corruption, Setting, Settings, gray, nearest, truncated, unit
 from galago.corrupt.draws import Draws
@@ -94,10 +95,9 @@ def photographs(folder: Path, scale: float) -> tuple[Tensor, ...]:
 
 def _read(file: Path) -> Tensor:
     try:
-        image: Tensor = decode_image(read_file(str(file)), ImageReadMode.RGB)
-    except RuntimeError as error:
-        raise UserError(f"Frost: cannot read {file}: {str(error).splitlines()[0]}") from error
-    return image
+        return torch.from_numpy(np.array(Image.open(file).convert("RGB"))).permute(2, 0, 1)
+    except OSError as error:
+        raise UserError(f"Frost: cannot read {file}: {error}") from error
 
 
 def _scaled(image: Tensor, scale: float) -> Tensor:
