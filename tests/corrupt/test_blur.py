@@ -9,9 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from galago.corrupt.blur import DefocusBlur, GaussianBlur, GlassBlur, MotionBlur, ZoomBlur, disk, glass, without_zeros
-from galago.corrupt.corruption import truncated, unit
-from galago.corrupt.primitives import blur, motion
+from galago.corrupt.blur import (
+    DefocusBlur,
+    GaussianBlur,
+    GlassBlur,
+    MotionBlur,
+    ZoomBlur,
+    blurred,
+    disk,
+    glass,
+    without_zeros,
+)
+from galago.corrupt.primitives import motion
 from photographs import agrees_with_statistics, difference, figures, golden, photograph
 
 SEEDED = [(32, 1), (32, 3), (32, 5), (64, 2), (64, 4)]
@@ -39,11 +48,11 @@ def test_blur_without_chance_is_the_reference_s(kind, size: int) -> None:
 def test_glass_is_the_reference_s(size: int, severity: int) -> None:
     sigma, delta, passes = GlassBlur.settings.at(size)[severity - 1]
     drawn, reach = legacy("glass_blur", size, severity), int(delta)
-    found = truncated(blur(unit(photograph("seeded", size)), sigma))
+    found = blurred(photograph("seeded", size), sigma)
     for _ in range(int(passes)):
         d = torch.from_numpy(drawn.randint(-reach, reach, (1, size - 2 * reach, size - 2 * reach, 2)))
         found = glass(found, d[..., 0], d[..., 1], reach)
-    found = truncated(blur(unit(found), sigma))
+    found = blurred(found, sigma)
     assert difference(found, golden("seeded", size)[f"glass_blur_s{severity}"]).max() <= 1
 
 

@@ -57,6 +57,11 @@ def without_zeros(kernel: Tensor) -> Tensor:
     return kernel[edge : len(kernel) - edge, edge : len(kernel) - edge]
 
 
+def blurred(images: Tensor, sigma: float) -> Tensor:
+    """blur(σ) of bytes; what is of one level stays so, though float32 adds up to a little less."""
+    return truncated(blur(unit(images), sigma) + 1e-6)
+
+
 def zoom_blur(x: Tensor, factors: int, step: float) -> Tensor:
     """The mean of an image and its magnified centers.
 
@@ -128,11 +133,11 @@ class GlassBlur(Corruption):
     def corrupt(self, images: Tensor, setting: Setting, draws: Draws) -> Tensor:
         sigma, delta, passes = setting[0], int(setting[1]), int(setting[2])
         height, width = images.shape[-2:]
-        images = truncated(blur(unit(images), sigma))
+        images = blurred(images, sigma)
         for _ in range(passes):
             dx, dy = draws.integers(-delta, delta, 2, height - 2 * delta, width - 2 * delta).unbind(1)
             images = glass(images, dx, dy, delta)
-        return truncated(blur(unit(images), sigma))
+        return blurred(images, sigma)
 
 
 class MotionBlur(Corruption):
@@ -175,4 +180,4 @@ class GaussianBlur(Corruption):
     )
 
     def corrupt(self, images: Tensor, setting: Setting, draws: Draws) -> Tensor:
-        return truncated(blur(unit(images), setting[0]))
+        return blurred(images, setting[0])

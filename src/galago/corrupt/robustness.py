@@ -16,6 +16,8 @@ which can cost more here than on clean images. Nothing is retrained or adapted: 
 75 passes over the test set for the whole benchmark, `images` makes that less; it belongs into `probes` of `galago
 measure` rather than behind each epoch.
 
+Recipe: recipes/regularize/robust_resnet20_cifar10.yaml.
+
 Usual setting (and the default): fifteen types, five severities, all test images. To tune a method take the four types
 of `galago.corrupt.published.extra`, which the paper keeps for that, or others than those you report.
 
