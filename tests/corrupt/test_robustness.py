@@ -120,5 +120,4 @@ def test_what_cannot_be_measured_is_refused() -> None:
 
 
 def test_the_laws_of_probes_hold() -> None:
-    check_probe(lambda: CorruptionRobustness([Fog(), GlassBlur(), JPEGCompression()], severities=[1, 5]))
-    check_probe(lambda: CorruptionRobustness([GaussianNoise()], severities=[2], images=10))
+    check_probe(lambda: CorruptionRobustness([Fog(), GlassBlur(), JPEGCompression()], severities=[1, 5], images=24))
