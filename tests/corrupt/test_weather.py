@@ -66,6 +66,7 @@ def test_fog_keeps_the_brightest_value() -> None:
 def test_five_textures_are_made_up_and_differ() -> None:
     textures = made_up_frost(64)
     assert len(textures) == 5
+    assert 140 < torch.stack(textures).mean() < 175  # the published photographs: near 155
     for one in textures:
         assert one.shape == (3, 64, 64)
         assert 0 <= one.min() < one.max() <= 255
