@@ -11,7 +11,8 @@ Randomness belongs to the image (`galago.corrupt.draws`): the same index gives t
 it comes in. A formula takes what was drawn as an argument, so each is a pure function.
 
 Chosen here: the size that counts is the smaller side; an image of one channel is treated like a color image with three
-equal ones, but for types that change nothing except color, which refuse it.
+equal ones, but for types that change nothing except color, which refuse it. All is done on the CPU, where loaders give
+images, and for many images together.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ Test images are corrupted by each type at each severity. With E_{s,c} the error 
 
 When: a camera will see worse images than the training set has, which is nearly always; and after quantizing or pruning,
 which can cost more here than on clean images. Nothing is retrained or adapted: BatchNorm keeps its statistics. It costs
-75 passes over the test set for the whole benchmark, `images` makes that less; it belongs into `probes` of `galago
-measure` rather than behind each epoch.
+75 passes over the test set for the whole benchmark, and a recipe's probes measure after each epoch: there, choose fewer
+`images` and `severities`.
 
 Recipe: recipes/regularize/robust_resnet20_cifar10.yaml.
 
@@ -80,8 +80,9 @@ class CorruptionRobustness(ViewsProbe):
             raise UserError(f"CorruptionRobustness: images is {images}; give 1 or more, or null for all")
 
     def views(self, data: Data) -> dict[str, Loader]:
+        image = data.example()
         for corruption in self.corruptions:
-            corruption.require(data.example())
+            corruption.require(image)
         clean = data.test() if self.images is None else Thinned(data.test(), self.images)
         return {self._named(TEST): clean} | {
             self._named(view(corruption, severity)): CorruptedBatches(clean, corruption, severity)
