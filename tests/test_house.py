@@ -20,7 +20,7 @@ PACKAGE = ROOT / "src" / "galago"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 NAMES = {path: ".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in SOURCES}
 
-FOLDERS = {"augment", "blocks", "datasets", "deploy", "distill", "models", "probes", "prune", "quantize"} | {
+FOLDERS = {"augment", "blocks", "corrupt", "datasets", "deploy", "distill", "models", "probes", "prune", "quantize"} | {
     "regularize",
     "search",
     "tasks",
@@ -29,6 +29,8 @@ FOLDERS = {"augment", "blocks", "datasets", "deploy", "distill", "models", "prob
 # What the files of a folder have in common, and may import. Everything else in it is an idea of its own.
 BASES = {
     "augment": {"mixing", "rectangles"},
+    "corrupt": {"blur", "corruption", "digital", "draws", "liquid", "loading", "noise", "primitives", "published"}
+    | {"weather"},
     "datasets": {"augmentation", "balance", "download", "image_files", "images", "listing", "loading", "source"},
     "distill": {"adjust", "branches", "distill", "divergence", "ensemble", "joint_training", "junctions", "lesson"}
     | {"sizes", "stages", "teacher", "trials", "widen", "wrapping"},

@@ -19,6 +19,7 @@ KINDS = {
     "Probe": "probe",
     "OutputProbe": "probe",
     "ViewsProbe": "probe",
+    "Corruption": "corruption",
     "Task": "task",
     "Classify": "task",
     "Data": "data set",
@@ -26,7 +27,7 @@ KINDS = {
     "SGD": "optimizer",
     "AdamW": "optimizer",
 }
-FOLDERS = ("augment", "datasets", "distill", "models", "probes", "prune", "quantize", "regularize", "tasks")
+FOLDERS = ("augment", "corrupt", "datasets", "distill", "models", "probes", "prune", "quantize", "regularize", "tasks")
 
 
 class Idea(NamedTuple):

@@ -134,7 +134,8 @@ def spread(loader: Loader, images: int) -> list[Batch]:
         kept = (places * images) % total < images
         position += len(batch.input)
         if kept.any():
-            chosen.append(Batch(batch.input[kept], batch.target[kept]))
+            extra = {name: value[kept] for name, value in batch.extra.items()}
+            chosen.append(Batch(batch.input[kept], batch.target[kept], extra))
     return chosen
 
 
