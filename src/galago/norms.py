@@ -106,6 +106,7 @@ class Operator(NamedTuple):
     inside: tuple[Tensor, ...] = ()
     groups: int = 1
     transposed: bool = False
+    size: tuple[int, ...] = ()  # of the image, whose pixels are those of the convolution's input
 
     def to(self, like: Tensor) -> Operator:
         """The same on another tensor's device and of its type; itself where it is so already."""
@@ -134,7 +135,7 @@ def operator_of(layer: nn.Module, size: Sequence[int]) -> Operator:
         )
     ]
     met, inside = tuple(axis.met() for axis in axes), tuple(axis.inside() for axis in axes)
-    return Operator(met, inside, layer.groups, isinstance(layer, TRANSPOSED))
+    return Operator(met, inside, layer.groups, isinstance(layer, TRANSPOSED), tuple(size))
 
 
 def column_sums(weight: Tensor, operator: Operator) -> Tensor:
