@@ -40,6 +40,7 @@ from galago.quantize.mixed_precision import MixedPrecision
 from galago.quantize.quantize import Quantize
 from galago.quantize.quantize_gradient import QuantizeGradient
 from galago.quantize.two_steps import StartFrom
+from galago.regularize.max_dropout import MaxDropout
 from galago.run import Run
 from galago.trainer import finish
 
@@ -51,6 +52,7 @@ GIVEN: dict[str, Callable[[], Method]] = {
     "Distill": lambda: Distill(tiny_network(), [SoftTargets(), Attention(1.0, layers=[-1]), Hints(1.0, layers=[-1])]),
     "FeatureFusion": lambda: FeatureFusion(branch_at="down"),
     "FewImages": lambda: FewImages(iterations=2, batches=1),
+    "MaxDropout": lambda: MaxDropout(layers=["block", "down"]),
     "MixedPrecision": lambda: MixedPrecision(mean_weight_bits=6, widths=(4, 8), edges=True),
     "MutualLearning": lambda: MutualLearning([tiny_network()]),
     "NativeEnsemble": lambda: NativeEnsemble("down"),

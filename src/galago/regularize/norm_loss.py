@@ -63,8 +63,8 @@ def norm_loss(filters: Tensor) -> Tensor:
 def pull(filters: Tensor) -> Tensor:
     """The gradient of `norm_loss`, `2 (1 - 1 / ‖w_o‖) w_o`, of the shape G×O×…; 0 for rows of zeros.
 
-    >>> pull(torch.tensor([[[0.0, 2.0], [0.0, 0.5]]])).tolist()
-    [[[0.0, 2.0], [0.0, -1.0]]]
+    >>> pull(torch.tensor([[[2.0], [0.5]]])).flatten().tolist()
+    [2.0, -1.0]
     """
     factor = 2 * (1 - lengths(filters).clamp_min(SHORTEST).reciprocal())
     return (filters.flatten(2) * factor).view_as(filters)
