@@ -187,4 +187,7 @@ def averaged_layer(model: nn.Module, image: Tensor) -> str:
     for path, output in reversed(maps.items()):
         if taken and near(output.mean((2, 3)), taken[-1]):
             return path
-    raise UserError("SelfChallenging: the classifier takes in no layer's averaged map; name a layer and its head")
+    raise UserError(
+        "SelfChallenging: the classifier takes in no layer's averaged map; name a layer and its head, or list it in"
+        " front of methods that branch the network"
+    )
