@@ -44,6 +44,7 @@ from galago.quantize.quantize_gradient import QuantizeGradient
 from galago.quantize.two_steps import StartFrom
 from galago.regularize.autogenous import Autogenous
 from galago.regularize.energy_margin import EnergyMargin
+from galago.regularize.max_dropout import MaxDropout
 from galago.run import Run
 from galago.trainer import finish
 
@@ -58,6 +59,7 @@ GIVEN: dict[str, Callable[[], Method]] = {
     "EnergyMargin": lambda: EnergyMargin(outside=[Blobs(images=20)]),
     "FeatureFusion": lambda: FeatureFusion(branch_at="down"),
     "FewImages": lambda: FewImages(iterations=2, batches=1),
+    "MaxDropout": lambda: MaxDropout(layers=["block", "down"]),
     "MixedPrecision": lambda: MixedPrecision(mean_weight_bits=6, widths=(4, 8), edges=True),
     "MutualLearning": lambda: MutualLearning([tiny_network()]),
     "NativeEnsemble": lambda: NativeEnsemble("down"),
@@ -82,6 +84,7 @@ BEFORE = {
     "StatAssist": "Quantize",
 }
 FIRST = {"Equalize", "Smooth"}  # which change the float network
+FIRST |= {"SelfChallenging"}  # which looks for its layer in a network without branches
 LAST = {"FreezeOscillations", "Planting", "SignFlips"}  # which have to know all layers
 LAST |= {"NoiseInjection", "ParametricNoise"}  # which add noise in front of the quantizers that they find
 ALONE = {"CompactStructure"}  # which refuse quantizers beside them: a second run quantizes what they leave
