@@ -77,6 +77,8 @@ BEFORE = {
 FIRST = {"Equalize", "Smooth"}  # which change the float network
 LAST = {"FreezeOscillations", "Planting", "SignFlips"}  # which have to know all layers
 LAST |= {"NoiseInjection", "ParametricNoise"}  # which add noise in front of the quantizers that they find
+LAST |= {"ShakeDrop", "StochasticDepth"}  # likewise
+VERY_LAST = {"WeightAveraging"}  # which averages weights under the names that they have in the end
 ALONE = {"CompactStructure"}  # which refuse quantizers beside them: a second run quantizes what they leave
 METHODS = {idea.name: idea.class_path for idea in ideas() if idea.kind == "method"}
 # A growing network: not with those that keep a number for each weight, or run a layer twice. A branched one: by
@@ -126,9 +128,9 @@ def sample() -> list[tuple[str, str]]:
 
 
 def trial(*names: str) -> Trial:
-    ordered = sorted(names, key=lambda name: (name in LAST) - (name in FIRST))
-    wanted = [name for one in ordered for name in (BEFORE.get(one), one) if name is not None]
-    return Trial(tiny_network, classify(), TinyImages(), lambda: [make(name) for name in dict.fromkeys(wanted)])
+    wanted = dict.fromkeys(name for one in names for name in (BEFORE.get(one), one) if name is not None)
+    ordered = sorted(wanted, key=lambda name: (name in LAST) + 2 * (name in VERY_LAST) - (name in FIRST))
+    return Trial(tiny_network, classify(), TinyImages(), lambda: [make(name) for name in ordered])
 
 
 @pytest.mark.parametrize(("outer", "inner"), sample())

@@ -18,13 +18,13 @@ from galago.deploy import onnx
 from galago.deploy.integer import lower
 from galago.errors import UserError
 from galago.models.weights import load_weights
+from galago.norms import measure_norms
 from galago.probe import Deployed
 from galago.quantize.layer import QuantLayer, QuantOutput
 from galago.quantize.lsq import LSQ, LSQWeight
 from galago.quantize.min_max import MinMax, MinMaxWeight
 from galago.quantize.quantize import Quantize, Rule
 from galago.quantize.quantizer import Quantizer
-from galago.quantize.reestimate_norm import measure_norms
 from galago.quantize.settle import settle_biases
 from galago.quantize.stat_assist import set_ranges
 from galago.run import Run

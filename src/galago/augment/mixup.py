@@ -15,7 +15,7 @@ images have values that real images have not, so ranges of quantizers are better
 have that effect.
 
 Paper settings: α = 1 on CIFAR, 0.2 on ImageNet (0.1 to 0.4 were good there). As in the paper's experiments, one λ a
-batch, and the partner comes from the same batch. No recipe yet.
+batch, and the partner comes from the same batch. Recipe: recipes/regularize/mixup_resnet20_cifar10.yaml.
 
 Chosen here: `probability`, to leave some batches as they are or to alternate with `CutMix`; the paper mixes all.
 """
