@@ -26,6 +26,16 @@ def draw_partners(count: int) -> Tensor:
     return torch.randperm(count, device="cpu")
 
 
+def average(x: Tensor, partners: Tensor, kept: Tensor | float) -> Tensor:
+    """`kept * x + (1 - kept) * x[partners]`, a new tensor, of images or of what a layer makes of them.
+
+    >>> average(torch.tensor([[0.0], [8.0]]), torch.tensor([1, 0]), 0.75)
+    tensor([[2.],
+            [6.]])
+    """
+    return kept * x + (1 - kept) * x[partners]
+
+
 def mix_targets(target: Tensor, partners: Tensor, kept: Tensor) -> Tensor:
     """Class probabilities of mixed images: `kept * q + (1 - kept) * q[partners]`.
 
