@@ -51,7 +51,7 @@ class AdversarialView(Method):
 
     def __init__(
         self,
-        ball: Ball = Linf(8 / 255),  # noqa: B008 - has no state
+        ball: Ball | None = None,
         step_size: float | None = None,
         steps: int = 7,
         clean_weight: float = 0.0,
@@ -64,7 +64,8 @@ class AdversarialView(Method):
         for name, share in (("clean_weight", clean_weight), ("start", start)):
             if not 0 <= share < 1:
                 raise UserError(f"AdversarialView: {name} is {share:g}; give a share from 0 to less than 1")
-        self.ball, self.step_size, self.steps = ball, step_size, steps
+        self.ball = Linf(8 / 255) if ball is None else ball
+        self.step_size, self.steps = step_size, steps
         self.clean_weight, self.own_labels, self.start = clean_weight, own_labels, start
         self._data: Data | None = None
 

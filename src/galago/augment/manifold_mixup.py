@@ -60,7 +60,7 @@ def mixed(h: Tensor, mixture: Mixture) -> Tensor:
     >>> mixed(torch.tensor([[0.0], [8.0], [4.0], [0.0]]), mixture).flatten()
     tensor([2., 6., 3., 1.])
     """
-    batches = h.unflatten(0, (-1, len(mixture.partners))).transpose(0, 1)
+    batches = h.reshape(-1, len(mixture.partners), *h.shape[1:]).transpose(0, 1)
     return average(batches, mixture.partners, mixture.kept.to(h.dtype)).transpose(0, 1).flatten(0, 1)
 
 

@@ -59,7 +59,7 @@ class LogitPairing(Method):
     def __init__(
         self,
         pairing: float = 0.5,
-        ball: Ball = Linf(8 / 255),  # noqa: B008 - has no state
+        ball: Ball | None = None,
         step_size: float | None = None,
         steps: int = 7,
     ) -> None:
@@ -68,7 +68,8 @@ class LogitPairing(Method):
             raise UserError(f"LogitPairing: pairing is {pairing:g}; give 0 or more, usually 0.5")
         if steps < 1 or (step_size is not None and step_size <= 0):
             raise UserError(f"LogitPairing: {steps} steps of {step_size} attack nothing; give more than 0 of both")
-        self.pairing, self.ball, self.step_size, self.steps = pairing, ball, step_size, steps
+        self.ball = Linf(8 / 255) if ball is None else ball
+        self.pairing, self.step_size, self.steps = pairing, step_size, steps
         self._data: Data | None = None
 
     def prepare(self, model: nn.Module, data: Data) -> nn.Module:
