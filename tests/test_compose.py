@@ -75,10 +75,11 @@ BEFORE = {
     "StatAssist": "Quantize",
 }
 FIRST = {"Equalize", "Smooth"}  # which change the float network
+LATE = {"ShakeDrop", "StochasticDepth"}  # which stand inside the quantizers that they find
 LAST = {"FreezeOscillations", "Planting", "SignFlips"}  # which have to know all layers
 LAST |= {"NoiseInjection", "ParametricNoise"}  # which add noise in front of the quantizers that they find
-LAST |= {"ShakeDrop", "StochasticDepth"}  # likewise
 VERY_LAST = {"WeightAveraging"}  # which averages weights under the names that they have in the end
+RANKS = {-1: FIRST, 1: LATE, 2: LAST, 3: VERY_LAST}  # in a list of methods; all others have 0
 ALONE = {"CompactStructure"}  # which refuse quantizers beside them: a second run quantizes what they leave
 METHODS = {idea.name: idea.class_path for idea in ideas() if idea.kind == "method"}
 # A growing network: not with those that keep a number for each weight, or run a layer twice. A branched one: by
@@ -129,7 +130,7 @@ def sample() -> list[tuple[str, str]]:
 
 def trial(*names: str) -> Trial:
     wanted = dict.fromkeys(name for one in names for name in (BEFORE.get(one), one) if name is not None)
-    ordered = sorted(wanted, key=lambda name: (name in LAST) + 2 * (name in VERY_LAST) - (name in FIRST))
+    ordered = sorted(wanted, key=lambda name: next((rank for rank, those in RANKS.items() if name in those), 0))
     return Trial(tiny_network, classify(), TinyImages(), lambda: [make(name) for name in ordered])
 
 
