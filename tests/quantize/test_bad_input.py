@@ -18,7 +18,7 @@ from galago.deploy import onnx
 from galago.deploy.integer import lower
 from galago.errors import UserError
 from galago.models.weights import load_weights
-from galago.norms import measure_norms
+from galago.batch_norms import measure_norms
 from galago.probe import Deployed
 from galago.quantize.layer import QuantLayer, QuantOutput
 from galago.quantize.lsq import LSQ, LSQWeight

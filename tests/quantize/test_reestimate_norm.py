@@ -12,7 +12,7 @@ from torch import nn
 from galago.deploy import onnx
 from galago.deploy.verify import compare
 from galago.errors import UserError
-from galago.norms import measure_norms
+from galago.batch_norms import measure_norms
 from galago.probe import Deployed
 from galago.quantize.layer import QuantLayer
 from galago.quantize.lsq import LSQ, LSQWeight

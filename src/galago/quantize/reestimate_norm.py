@@ -27,7 +27,7 @@ from torch import nn
 from galago.data import Data
 from galago.errors import UserError
 from galago.method import Method
-from galago.norms import measure_norms, norms_of
+from galago.batch_norms import measure_norms, norms_of
 from galago.quantize.rest import restable
 
 

@@ -35,7 +35,7 @@ from galago.console import say
 from galago.data import Data
 from galago.errors import UserError
 from galago.method import Forward, Method
-from galago.norms import measure_norms, norms_of
+from galago.batch_norms import measure_norms, norms_of
 
 
 def joined(mean: Tensor, weight: Tensor, count: int) -> Tensor:
