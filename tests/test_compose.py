@@ -85,8 +85,11 @@ BEFORE = {
 }
 FIRST = {"Equalize", "Smooth"}  # which change the float network
 FIRST |= {"SelfChallenging"}  # which looks for its layer in a network without branches
+LATE = {"ShakeDrop", "StochasticDepth"}  # which stand inside the quantizers that they find
 LAST = {"FreezeOscillations", "Planting", "SignFlips"}  # which have to know all layers
 LAST |= {"NoiseInjection", "ParametricNoise"}  # which add noise in front of the quantizers that they find
+VERY_LAST = {"WeightAveraging"}  # which averages weights under the names that they have in the end
+RANKS = {-1: FIRST, 1: LATE, 2: LAST, 3: VERY_LAST}  # in a list of methods; all others have 0
 ALONE = {"CompactStructure"}  # which refuse quantizers beside them: a second run quantizes what they leave
 METHODS = {idea.name: idea.class_path for idea in ideas() if idea.kind == "method"}
 # A growing network: not with those that keep a number for each weight, or run a layer twice. A branched one: by
@@ -136,9 +139,9 @@ def sample() -> list[tuple[str, str]]:
 
 
 def trial(*names: str) -> Trial:
-    ordered = sorted(names, key=lambda name: (name in LAST) - (name in FIRST))
-    wanted = [name for one in ordered for name in (BEFORE.get(one), one) if name is not None]
-    return Trial(tiny_network, classify(), TinyImages(), lambda: [make(name) for name in dict.fromkeys(wanted)])
+    wanted = dict.fromkeys(name for one in names for name in (BEFORE.get(one), one) if name is not None)
+    ordered = sorted(wanted, key=lambda name: next((rank for rank, those in RANKS.items() if name in those), 0))
+    return Trial(tiny_network, classify(), TinyImages(), lambda: [make(name) for name in ordered])
 
 
 @pytest.mark.parametrize(("outer", "inner"), sample())

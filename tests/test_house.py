@@ -33,20 +33,21 @@ BASES = {
     | {"weather"},
     "datasets": {"augmentation", "balance", "download", "image_files", "images", "listing", "loading", "source"},
     "distill": {"adjust", "branches", "distill", "divergence", "ensemble", "joint_training", "junctions", "lesson"}
-    | {"sizes", "stages", "teacher", "trials", "widen", "wrapping"},
+    | {"sizes", "teacher", "trials", "widen"},
     "models": {"lif", "weights"},
     "probes": {"detection", "embedding", "selective", "stepping"},
     "prune": {"blocks", "cost", "full", "groups", "moves", "products", "surgery", "survey", "ties"},
     "quantize": {"blocks", "calibration", "columns", "fold", "graph", "inventory", "layer", "learned_step", "patterns"}
     | {"placement", "plan", "quantizer", "ranges", "reconstruction", "rest", "rounding", "settle", "soft_rounding"}
-    | {"moments", "units", "budget", "sensitivity"},
-    "regularize": {"auxiliary", "grouping", "muting", "operators", "scores", "augment.mixing"},
+    | {"moments", "units", "budget", "sensitivity", "wrapping"},
+    "regularize": {"auxiliary", "grouping", "muting", "operators", "residual", "scores", "augment.mixing"},
     "tasks": {"classify"},
 }
 # The promise of every quantizer and of every neuron: what is quantized, and what spikes, can be recognized anywhere. So
-# can what shows where a network looks, and networks that answer together.
+# can what shows where a network looks, networks that answer together, and where a module goes that changes what layers
+# give out, quantized or not.
 PROMISE = {"quantize.quantizer", "quantize.gradient_quantizer", "quantize.layer", "quantize.fold", "models.lif"}
-PROMISE |= {"models.attention_branch", "models.ensemble"}
+PROMISE |= {"models.attention_branch", "models.ensemble", "quantize.wrapping"}
 # These put ideas to use; they are no ideas, and no idea imports them.
 COMMANDS = {"cli", "commands", "measure", "ship", "trust"}
 # The user's own names, passed on as they are: losses of a step, attributes of an ONNX node.

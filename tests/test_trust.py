@@ -133,7 +133,7 @@ def change(metric: str, value: float, spread: float = 0.0, before: str = "before
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ([change("ece", 0.006)], ["Calibration error (ECE) moved by +0.6 points (+0.6 to +0.6) from the network"]),
+        ([change("ece", 0.006)], ["Calibration error (ECE) moved by +0.6 points (+0.6 to +0.6)"]),
         ([change("ece", -0.006)], ["Calibration error (ECE) moved by −0.6 points"]),
         ([change("ece", 0.004)], []),
         ([change("accuracy", -0.02), change("corruption_error", 0.01)], []),

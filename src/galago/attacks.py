@@ -1,4 +1,4 @@
-"""Attacks: the small change of an image that raises a loss most, as pure functions; nothing here knows a network.
+"""Attacks: the small change of an image that raises a loss most, as functions of any network.
 
 FGSM: Ian Goodfellow, Jonathon Shlens, Christian Szegedy, "Explaining and Harnessing Adversarial Examples", ICLR 2015,
 arXiv:1412.6572. PGD: Aleksander Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", ICLR
@@ -13,8 +13,8 @@ arXiv:1707.07397. All three are recalled; FGSM and PGD are compared with a publi
 
 Images are N×C×H×W with pixels in [0, 1], before normalization: on normalized ones ε would be four to five times as
 large as meant. A loss gives one number an image, and each image is attacked on its own, so that the network has to be
-in evaluation mode. `galago.probes.adversarial` measures by these, `galago.augment.adversarial_view` trains on them.
-Stronger attacks are in `galago.attack_ensemble`.
+in evaluation mode. `galago.probes.adversarial` measures by these, `galago.augment.adversarial_view` and
+`galago.regularize.logit_pairing` train on them (`attacked`). Stronger attacks are in `galago.attack_ensemble`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from galago.data import Normalize
 from galago.errors import UserError
+from galago.probe import evaluating
 from galago.task import scores_of
 
 Loss = Callable[[Tensor], Tensor]  # images N×C×H×W in [0, 1] to N losses
@@ -145,6 +147,36 @@ def against(network: Callable[[Tensor], Any], target: Tensor) -> Loss:
         target: class probabilities N×K.
     """
     return lambda image: nn.functional.cross_entropy(scores_of(network(image)), target, reduction="none")
+
+
+def pixels(image: Tensor, normalize: Normalize) -> Tensor:
+    """Normalized images as they were in [0, 1]. N×C×H×W.
+
+    >>> pixels(torch.tensor([[[[2.0]]]]), Normalize([0.5], [0.25])).item()
+    1.0
+    """
+    return (image * normalize.std + normalize.mean).clamp(0, 1)
+
+
+def attacked(
+    model: nn.Module, image: Tensor, target: Tensor, normalize: Normalize, ball: Ball, step: float, steps: int
+) -> Tensor:
+    """What methods train on: normalized images after an attack on a network as it is, in evaluation mode.
+
+    Args:
+        model: from normalized images to raw output.
+        image: normalized, N×C×H×W.
+        target: class probabilities N×K that the attack leads away from.
+        normalize: what the images have gone through.
+        ball: how far the attack may go; it begins at random in it.
+        step: length of a step.
+        steps: how many.
+    """
+    clean = pixels(image, normalize)
+    with evaluating(model):
+        loss = against(lambda seen: model(normalize(seen)), target)
+        seen: Tensor = normalize(pgd(clean, loss, ball, step, steps, start=ball.drawn(clean)))
+    return seen
 
 
 def gradient(loss: Loss, image: Tensor, draws: int = 1) -> Tensor:

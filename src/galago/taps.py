@@ -1,13 +1,13 @@
-"""What layers of a network give out, kept while it trains.
+"""What layers of a network give out, kept or changed while it trains.
 
-`galago.layers.tap` watches for the length of a `with`; these taps stay from `prepare` to `finish`, because a compiled
-network runs the hooks that it was compiled with. `Held` is for a module that looks at its own layers, and is copied
-with them.
+`galago.layers.tap` and `rewrite` last as long as a `with`; these stay from `prepare` to `finish`, because a compiled
+network runs the hooks that it was compiled with. `Held` is for a module that looks at its own layers, and is
+copied with them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -76,11 +76,51 @@ class Taps:
 
     def remove(self, model: nn.Module) -> None:
         """Takes the hooks out of the network, or of a copy of it."""
-        for module in model.modules():
-            for number, hook in list(module._forward_hooks.items()):
-                if any(hook is own for own in self._hooks):
-                    del module._forward_hooks[number]
+        for module, number in _places(model, self._hooks):
+            del module._forward_hooks[number]
         self.values = {}
+
+
+class Changes:
+    """Passes what some layers give out in training mode through a function.
+
+    Args:
+        model: the network.
+        paths: of its layers.
+        change: is given the layer's place among the paths and what it gives; returns what it is to give instead.
+
+    >>> import torch
+    >>> net = nn.Sequential(nn.ReLU(), nn.ReLU())
+    >>> changes = Changes(net, ["1"], lambda place, output: output + 5)
+    >>> net(torch.ones(1)), net.eval()(torch.ones(1))
+    (tensor([6.]), tensor([1.]))
+    """
+
+    def __init__(self, model: nn.Module, paths: Sequence[str], change: Callable[[int, Tensor], Tensor]) -> None:
+        self._hooks = [self._hook(place, change) for place in range(len(paths))]
+        for path, hook in zip(paths, self._hooks, strict=True):
+            find(model, path).register_forward_hook(hook)
+
+    def _hook(self, place: int, change: Callable[[int, Tensor], Tensor]) -> Any:
+        def rewrite(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+            return change(place, output) if module.training else output
+
+        return rewrite
+
+    def within(self, model: nn.Module) -> bool:
+        """Whether it is this network, or a copy of it, whose layers are changed."""
+        return bool(_places(model, self._hooks))
+
+    def remove(self, model: nn.Module) -> None:
+        """Takes the hooks out of the network, or of a copy of it."""
+        for module, number in _places(model, self._hooks):
+            del module._forward_hooks[number]
+
+
+def _places(model: nn.Module, hooks: Sequence[Any]) -> list[tuple[nn.Module, int]]:
+    """Which of a network's modules hold some of these hooks, and under which number."""
+    held = [(module, number, hook) for module in model.modules() for number, hook in module._forward_hooks.items()]
+    return [(module, number) for module, number, hook in held if any(hook is own for own in hooks)]
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from galago.batch import Batch
+from galago.errors import UserError
 
 
 class Task(nn.Module, ABC):
@@ -43,6 +44,21 @@ def scores_of(output: Any) -> Tensor:
     """The class scores N×K, of an output that may be a dict with auxiliary heads."""
     scores: Tensor = output["main"] if isinstance(output, dict) else output
     return scores
+
+
+def require_probabilities(batch: Batch, method: str) -> Tensor:
+    """The batch's target, where a method reads it as class probabilities.
+
+    Raises:
+        UserError: the target is not a table of class probabilities.
+    """
+    target = batch.target
+    if not isinstance(target, Tensor) or target.ndim != 2 or not target.is_floating_point():
+        found = (
+            f"{target.dtype} of shape {tuple(target.shape)}" if isinstance(target, Tensor) else type(target).__name__
+        )
+        raise UserError(f"{method} needs class probabilities N×K as targets, not {found}; leave it out for this task")
+    return target
 
 
 def class_scores(output: Any, task: Task) -> Tensor:

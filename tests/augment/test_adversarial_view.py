@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from galago.attacks import L2, Linf, against, length
-from galago.augment.adversarial_view import AdversarialView, pixels
+from galago.attacks import L2, Linf, against, length, pixels
+from galago.augment.adversarial_view import AdversarialView
 from galago.batch import Batch, Step
 from galago.distill.distill import Distill
 from galago.distill.logits import SoftTargets

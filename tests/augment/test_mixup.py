@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from galago.augment.mixup import Mixup, average
+from galago.augment.mixing import average
+from galago.augment.mixup import Mixup
 from galago.batch import Batch
 from galago.errors import UserError
 from galago.testing import check_method

@@ -21,7 +21,6 @@ from galago.distill.logits import SoftTargets
 from galago.distill.relations import Relations
 from galago.distill.similarity import Similarity
 from galago.distill.solution_flow import SolutionFlow
-from galago.distill.stages import stages
 from galago.errors import UserError
 from galago.laws.trial import TinyImages
 from galago.method import Forward
@@ -29,6 +28,7 @@ from galago.models.resnet import resnet20
 from galago.quantize.lsq import LSQ, LSQWeight
 from galago.quantize.quantize import Quantize
 from galago.schedule import LinearDecay
+from galago.stages import stages
 from galago.taps import Taps
 from galago.tasks.classify import Classify
 from galago.testing import check_method, tiny_network

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
+from galago.batch_norms import measure_norms
 from galago.catalogue import ideas
 from galago.deploy import onnx
 from galago.deploy.integer import lower
@@ -24,7 +25,6 @@ from galago.quantize.lsq import LSQ, LSQWeight
 from galago.quantize.min_max import MinMax, MinMaxWeight
 from galago.quantize.quantize import Quantize, Rule
 from galago.quantize.quantizer import Quantizer
-from galago.quantize.reestimate_norm import measure_norms
 from galago.quantize.settle import settle_biases
 from galago.quantize.stat_assist import set_ranges
 from galago.run import Run

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from galago.batch_norms import measure_norms
 from galago.deploy import onnx
 from galago.deploy.verify import compare
 from galago.errors import UserError
@@ -17,7 +18,7 @@ from galago.quantize.layer import QuantLayer
 from galago.quantize.lsq import LSQ, LSQWeight
 from galago.quantize.min_max import MinMax
 from galago.quantize.quantize import Quantize
-from galago.quantize.reestimate_norm import ReestimateNorm, measure_norms
+from galago.quantize.reestimate_norm import ReestimateNorm
 from galago.recipe import Parts
 from galago.tasks.classify import Classify
 from galago.testing import check_method

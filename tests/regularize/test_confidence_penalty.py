@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from galago.augment.cutmix import CutMix
 from galago.batch import Batch
+from galago.errors import UserError
 from galago.laws.trial import TinyImages, Trial, classify, close, exported, tiny_network
 from galago.method import Forward, Method
 from galago.quantize.ewgs import EWGS
@@ -101,3 +102,16 @@ def test_a_quantized_network_trains_with_it_on_mixed_images_and_exports() -> Non
 
 def test_it_obeys_the_laws() -> None:
     check_method(ConfidencePenalty)
+
+
+def test_the_value_of_the_study_is_reproduced() -> None:
+    study = np.load(Path(__file__).parents[1] / "golden/regularization/reg_robustness_eval.npz")
+    output, label = torch.from_numpy(study["logits"]), torch.from_numpy(study["labels"]).long()
+    target = nn.functional.one_hot(label, output.shape[1]).double()
+    losses = step(ConfidencePenalty(0.1), output, target)
+    assert float(sum(losses.values())) == pytest.approx(float(study["confidence_penalty_loss_beta0_1"]), rel=1e-6)
+
+
+def test_a_negative_weight_is_refused() -> None:
+    with pytest.raises(UserError, match="give 0 or more"):
+        ConfidencePenalty(-0.1)

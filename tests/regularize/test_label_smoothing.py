@@ -1,5 +1,7 @@
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,6 +14,8 @@ from galago.regularize.label_smoothing import LabelSmoothing, smooth
 from galago.tasks.classify import Classify
 from galago.testing import check_method
 
+GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "regularization" / "reg_robustness_eval.npz")
+
 
 def smoothed_step(batch: Batch, epsilon: float) -> Step:
     return LabelSmoothing(epsilon).step(batch, Forward(nn.Identity(), Classify(3)))
@@ -20,6 +24,15 @@ def smoothed_step(batch: Batch, epsilon: float) -> Step:
 def test_loss_is_the_reliability_cards_number() -> None:
     batch = Batch(torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 3.0]]), torch.eye(3)[:2])
     assert smoothed_step(batch, 0.1).loss.item() == pytest.approx(1.322059325, abs=1e-6)
+
+
+def test_targets_and_loss_are_those_of_the_study() -> None:
+    scores, labels = (torch.from_numpy(np.asarray(GOLDEN[name])) for name in ("logits", "labels"))
+    batch = Batch(scores, nn.functional.one_hot(labels.long(), 5).double())
+    step = LabelSmoothing(0.1).step(batch, Forward(nn.Identity(), Classify(5)))
+    wanted = torch.from_numpy(GOLDEN["label_smoothing_targets_eps0_1"])
+    torch.testing.assert_close(step.batch.target, wanted, rtol=1e-9, atol=1e-12)
+    assert step.losses["cross_entropy"].item() == pytest.approx(float(GOLDEN["label_smoothing_loss"]), rel=1e-9)
 
 
 def test_loss_is_that_of_torchs_own_label_smoothing() -> None:

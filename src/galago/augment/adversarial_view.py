@@ -28,23 +28,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from galago.attacks import Ball, Linf, against, pgd
-from galago.augment.mixing import require_probabilities
+from galago.attacks import Ball, Linf, attacked
 from galago.batch import Batch, Step
-from galago.data import Data, Normalize
+from galago.data import Data
 from galago.errors import UserError
 from galago.method import Forward, Method
 from galago.probe import evaluating
-from galago.task import scores_of
-
-
-def pixels(image: Tensor, normalize: Normalize) -> Tensor:
-    """Normalized images as they were in [0, 1]. N×C×H×W.
-
-    >>> pixels(torch.tensor([[[[2.0]]]]), Normalize([0.5], [0.25])).item()
-    1.0
-    """
-    return (image * normalize.std + normalize.mean).clamp(0, 1)
+from galago.task import require_probabilities, scores_of
 
 
 class AdversarialView(Method):
@@ -61,7 +51,7 @@ class AdversarialView(Method):
 
     def __init__(
         self,
-        ball: Ball = Linf(8 / 255),  # noqa: B008 - has no state
+        ball: Ball | None = None,
         step_size: float | None = None,
         steps: int = 7,
         clean_weight: float = 0.0,
@@ -74,7 +64,8 @@ class AdversarialView(Method):
         for name, share in (("clean_weight", clean_weight), ("start", start)):
             if not 0 <= share < 1:
                 raise UserError(f"AdversarialView: {name} is {share:g}; give a share from 0 to less than 1")
-        self.ball, self.step_size, self.steps = ball, step_size, steps
+        self.ball = Linf(8 / 255) if ball is None else ball
+        self.step_size, self.steps = step_size, steps
         self.clean_weight, self.own_labels, self.start = clean_weight, own_labels, start
         self._data: Data | None = None
 
@@ -96,15 +87,10 @@ class AdversarialView(Method):
     def attacked(self, model: nn.Module, batch: Batch) -> Tensor:
         """The attacked images, normalized."""
         assert self._data is not None, "prepare comes first"
-        normalize = self._data.normalize
-        image = pixels(batch.input, normalize)
+        step = self.ball.epsilon / 4 if self.step_size is None else self.step_size
         with evaluating(model):
             target = self.aim(model, batch)
-            loss = against(lambda seen: model(normalize(seen)), target)
-            step = self.ball.epsilon / 4 if self.step_size is None else self.step_size
-            found = pgd(image, loss, self.ball, step, self.steps, start=self.ball.drawn(image))
-        normalized: Tensor = normalize(found)
-        return normalized
+        return attacked(model, batch.input, target, self._data.normalize, self.ball, step, self.steps)
 
     def aim(self, model: nn.Module, batch: Batch) -> Tensor:
         """What the attack leads away from: the targets, or the network's own answers. Class probabilities N×K."""

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Beta
 
-from galago.batch import Batch
 from galago.errors import UserError
+from galago.task import require_probabilities as require_probabilities
 
 
 def draw_kept(alpha: float, count: int) -> Tensor:
@@ -24,6 +24,16 @@ def draw_kept(alpha: float, count: int) -> Tensor:
 def draw_partners(count: int) -> Tensor:
     """With whom each of `count` images is mixed: a permutation, on the host. An image may meet itself."""
     return torch.randperm(count, device="cpu")
+
+
+def average(x: Tensor, partners: Tensor, kept: Tensor | float) -> Tensor:
+    """`kept * x + (1 - kept) * x[partners]`, a new tensor, of images or of what a layer makes of them.
+
+    >>> average(torch.tensor([[0.0], [8.0]]), torch.tensor([1, 0]), 0.75)
+    tensor([[2.],
+            [6.]])
+    """
+    return kept * x + (1 - kept) * x[partners]
 
 
 def mix_targets(target: Tensor, partners: Tensor, kept: Tensor) -> Tensor:
@@ -40,21 +50,6 @@ def mix_targets(target: Tensor, partners: Tensor, kept: Tensor) -> Tensor:
     """
     share = kept.to(target.device, target.dtype).view(-1, 1)
     return share * target + (1 - share) * target[partners]
-
-
-def require_probabilities(batch: Batch, method: str) -> Tensor:
-    """The batch's target, where labels can be mixed.
-
-    Raises:
-        UserError: the target is not a table of class probabilities.
-    """
-    target = batch.target
-    if not isinstance(target, Tensor) or target.ndim != 2 or not target.is_floating_point():
-        found = (
-            f"{target.dtype} of shape {tuple(target.shape)}" if isinstance(target, Tensor) else type(target).__name__
-        )
-        raise UserError(f"{method} needs class probabilities N×K as targets, not {found}; leave it out for this task")
-    return target
 
 
 def require_shares(alpha: float, probability: float, method: str) -> None:

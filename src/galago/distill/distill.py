@@ -35,7 +35,6 @@ from torch import Tensor, nn
 from galago.batch import Batch, Step
 from galago.data import Data
 from galago.distill.lesson import Lesson, Seen, View, at
-from galago.distill.stages import resolved, stages
 from galago.distill.teacher import (
     AskedByBatch,
     answers,
@@ -47,6 +46,7 @@ from galago.distill.teacher import (
 from galago.errors import UserError
 from galago.method import Forward, Method
 from galago.probe import device_of, evaluating, normalized
+from galago.stages import resolved, stages
 from galago.taps import Taps, unnoticed
 
 

@@ -58,7 +58,6 @@ from galago.distill.joint_training import (
 )
 from galago.distill.lesson import at
 from galago.distill.sizes import to_one_size
-from galago.distill.stages import stages
 from galago.errors import UserError
 from galago.layers import tap
 from galago.method import Forward, Method
@@ -66,6 +65,7 @@ from galago.probe import device_of, evaluating
 from galago.quantize.quantizer import OwnRates
 from galago.schedule import RampUp, Schedule
 from galago.spec import describe
+from galago.stages import stages
 from galago.taps import Passed
 from galago.task import scores_of
 

@@ -45,7 +45,12 @@ from torch import Tensor, nn
 
 from galago.batch import Batch, Step
 from galago.data import Data
-from galago.distill.wrapping import (
+from galago.draws import MeanOfDraws
+from galago.errors import UserError
+from galago.layers import Wrapper, flow
+from galago.method import Forward, Method
+from galago.probe import device_of, evaluating, normalized
+from galago.quantize.wrapping import (
     Place,
     channels_given,
     chosen,
@@ -55,11 +60,6 @@ from galago.distill.wrapping import (
     unwrapped,
     wrap,
 )
-from galago.draws import MeanOfDraws
-from galago.errors import UserError
-from galago.layers import Wrapper, flow
-from galago.method import Forward, Method
-from galago.probe import device_of, evaluating, normalized
 from galago.schedule import Constant, Schedule
 
 KEPT = 0.9  # of the running variance in a training step

@@ -32,11 +32,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from galago.data import Data
-from galago.distill.wrapping import places, quantized, require_quantizers_first, unwrapped, wrap
 from galago.errors import UserError
 from galago.layers import Wrapper, innermost
 from galago.method import Method
 from galago.quantize.quantizer import OwnRates
+from galago.quantize.wrapping import places, quantized, require_quantizers_first, unwrapped, wrap
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)  # exactly these: others compute another weight than they store
 

@@ -45,12 +45,12 @@ from galago.batch import Batch, Step
 from galago.data import Data
 from galago.distill.adjust import shifted
 from galago.distill.lesson import at, pooled
-from galago.distill.stages import resolved, stages
 from galago.distill.teacher import scores
 from galago.errors import UserError
 from galago.method import Forward, Method
 from galago.probe import device_of, evaluating, normalized
 from galago.schedule import RampUp, Schedule
+from galago.stages import resolved, stages
 from galago.taps import CLASSIFIER, Taps
 
 

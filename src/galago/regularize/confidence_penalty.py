@@ -25,6 +25,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from galago.batch import Batch, Step
+from galago.errors import UserError
 from galago.method import Forward, Method
 from galago.task import scores_of
 
@@ -52,6 +53,8 @@ class ConfidencePenalty(Method):
 
     def __init__(self, weight: float = 0.1) -> None:
         super().__init__()
+        if weight < 0:
+            raise UserError(f"ConfidencePenalty: weight is {weight:g}; give 0 or more, usually 0.1")
         self.weight = weight
 
     def step(self, batch: Batch, inner: Forward) -> Step:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from galago.data import Data
 from galago.errors import UserError
-from galago.layers import Wrapper, removing
+from galago.layers import Wrapper, removing, tap
+from galago.probe import device_of, evaluating, normalized
 
 
 @torch.no_grad()
@@ -57,3 +60,28 @@ def resolved(layers: Sequence[str | int], found: Sequence[str], whose: str) -> l
             stages_found = ", ".join(f"{number}: {path}" for number, path in enumerate(found)) or "none"
             raise UserError(f"{whose} has no stage {layer}; its stages are {stages_found}")
     return [found[layer] if isinstance(layer, int) else layer for layer in layers]
+
+
+@torch.no_grad()
+def shapes_at(model: nn.Module, data: Data, layers: Sequence[str | int], whose: str) -> dict[str, torch.Size]:
+    """What layers give for one image: its shape, 1×…, by path, in the order asked for.
+
+    Args:
+        model: in any mode.
+        data: gives an example.
+        layers: paths or numbers of stages.
+        whose: the method, for the message.
+
+    Raises:
+        UserError: there is no such layer or stage, or it gives something else than one tensor.
+    """
+    image = normalized(data, data.example(), device_of(model))
+    with evaluating(model), ExitStack() as watching:
+        paths = resolved(layers, stages(model, image), whose)
+        taps = {path: watching.enter_context(tap(model, path)) for path in paths}
+        model(image)
+    for path, seen in taps.items():
+        if not isinstance(seen.value, Tensor):
+            gave = "nothing: it does not run" if seen.value is None else f"a {type(seen.value).__name__}"
+            raise UserError(f"{whose}: layer {path!r} gives {gave}; name one that gives a single tensor")
+    return {path: seen.value.shape for path, seen in taps.items()}

@@ -2,7 +2,8 @@
 
 Noise belongs in front of the quantizer of an activation, as whatever a layer computes does: around the layer, and
 inside the quantizer of what the layer gives out. Quantizers therefore come first, and their ranges, which were set
-without noise, are set again. Used by `noise_injection` and `parametric_noise`.
+without noise, are set again. Used by `galago.distill.noise_injection`, `galago.distill.parametric_noise` and
+`galago.regularize.residual`.
 """
 
 from __future__ import annotations

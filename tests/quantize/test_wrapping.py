@@ -7,7 +7,15 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from galago.distill.wrapping import (
+from galago.errors import UserError
+from galago.laws.trial import TinyImages, clone, identical, tiny_network
+from galago.layers import Wrapper, find, flow
+from galago.quantize.layer import QuantLayer, QuantOutput
+from galago.quantize.lsq import LSQ, LSQWeight
+from galago.quantize.min_max import MinMax, MinMaxWeight
+from galago.quantize.quantize import Quantize
+from galago.quantize.stat_assist import StatAssist
+from galago.quantize.wrapping import (
     channels_given,
     chosen,
     places,
@@ -17,14 +25,6 @@ from galago.distill.wrapping import (
     unwrapped,
     wrap,
 )
-from galago.errors import UserError
-from galago.laws.trial import TinyImages, clone, identical, tiny_network
-from galago.layers import Wrapper, find, flow
-from galago.quantize.layer import QuantLayer, QuantOutput
-from galago.quantize.lsq import LSQ, LSQWeight
-from galago.quantize.min_max import MinMax, MinMaxWeight
-from galago.quantize.quantize import Quantize
-from galago.quantize.stat_assist import StatAssist
 
 
 class Louder(Wrapper):
