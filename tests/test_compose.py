@@ -75,6 +75,7 @@ BEFORE = {
     "StatAssist": "Quantize",
 }
 FIRST = {"Equalize", "Smooth"}  # which change the float network
+FIRST |= {"MLTP"}  # which run the rest of the list on parts of a batch
 LAST = {"FreezeOscillations", "Planting", "SignFlips"}  # which have to know all layers
 LAST |= {"NoiseInjection", "ParametricNoise"}  # which add noise in front of the quantizers that they find
 ALONE = {"CompactStructure"}  # which refuse quantizers beside them: a second run quantizes what they leave
