@@ -40,6 +40,7 @@ from galago.quantize.mixed_precision import MixedPrecision
 from galago.quantize.quantize import Quantize
 from galago.quantize.quantize_gradient import QuantizeGradient
 from galago.quantize.two_steps import StartFrom
+from galago.regularize.label_refinery import LabelRefinery
 from galago.run import Run
 from galago.trainer import finish
 
@@ -51,6 +52,7 @@ GIVEN: dict[str, Callable[[], Method]] = {
     "Distill": lambda: Distill(tiny_network(), [SoftTargets(), Attention(1.0, layers=[-1]), Hints(1.0, layers=[-1])]),
     "FeatureFusion": lambda: FeatureFusion(branch_at="down"),
     "FewImages": lambda: FewImages(iterations=2, batches=1),
+    "LabelRefinery": lambda: LabelRefinery(epochs=1, shares=[0.3], folds=2, views=1),
     "MixedPrecision": lambda: MixedPrecision(mean_weight_bits=6, widths=(4, 8), edges=True),
     "MutualLearning": lambda: MutualLearning([tiny_network()]),
     "NativeEnsemble": lambda: NativeEnsemble("down"),
@@ -75,7 +77,7 @@ BEFORE = {
     "StatAssist": "Quantize",
 }
 FIRST = {"Equalize", "Smooth"}  # which change the float network
-FIRST |= {"MLTP"}  # which run the rest of the list on parts of a batch
+FIRST |= {"MLTP", "OnlineLabelRefinery"}  # which give parts of a batch to the rest of the list
 LAST = {"FreezeOscillations", "Planting", "SignFlips"}  # which have to know all layers
 LAST |= {"NoiseInjection", "ParametricNoise"}  # which add noise in front of the quantizers that they find
 ALONE = {"CompactStructure"}  # which refuse quantizers beside them: a second run quantizes what they leave

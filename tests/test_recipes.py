@@ -84,7 +84,13 @@ def shrunk(content: dict[str, Any], folder: Path) -> dict[str, Any]:
     content["methods"] = [one for one in content.get("methods", []) if not one["class_path"].endswith(".StartFrom")]
     for method in content["methods"]:
         own = method.get("init_args", {})
-        own.update({name: 2 for name in ("iterations", "scale_iterations", "batches", "steps") if name in own})
+        own.update(
+            {
+                name: 2
+                for name in ("iterations", "scale_iterations", "batches", "steps", "epochs", "folds")
+                if name in own
+            }
+        )
     for probe in content.get("probes", []):
         own = probe.get("init_args", {})
         own.pop("surrogate", None)
