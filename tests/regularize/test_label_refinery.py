@@ -111,29 +111,29 @@ def test_targets_are_distributions_that_keep_their_label_and_are_not_certain() -
     started = trial(method)
     labels = method.labels(Numbered(), torch.device("cpu"))
     known = labels.sum(1) > 0
-    assert method.targets is not None
+    assert method.kept.rows is not None
     assert 40 < known.sum() <= 48
-    torch.testing.assert_close(method.targets[known].sum(1), torch.ones(int(known.sum())))
-    assert (method.targets >= 0).all()
-    assert torch.equal(method.targets[known].argmax(1), labels[known].argmax(1))
-    assert entropy(method.targets[known]).mean() > 0
-    assert not method.targets[~known].any()
+    torch.testing.assert_close(method.kept.rows[known].sum(1), torch.ones(int(known.sum())))
+    assert (method.kept.rows >= 0).all()
+    assert torch.equal(method.kept.rows[known].argmax(1), labels[known].argmax(1))
+    assert entropy(method.kept.rows[known]).mean() > 0
+    assert not method.kept.rows[~known].any()
     found = started.step(0).batch
-    assert torch.equal(found.target, method.targets[found.extra["index"]])
+    assert torch.equal(found.target, method.kept.rows[found.extra["index"]])
 
 
 def test_free_targets_of_wrongly_labeled_images_move_towards_the_right_class() -> None:
     data, right = Numbered(wrong=8), Numbered()
     method = LabelRefinery(epochs=12, shares=[0.4, 0.4], folds=3, free=True)
     method.prepare(tiny_network(), data)
-    assert method.targets is not None
+    assert method.kept.rows is not None
     truth = method.labels(right, torch.device("cpu"))[:8]
     given = method.labels(data, torch.device("cpu"))[:8]
     known = truth.sum(1) > 0
-    before, after = ((part * truth)[known].sum(1).mean() for part in (given, method.targets[:8]))
+    before, after = ((part * truth)[known].sum(1).mean() for part in (given, method.kept.rows[:8]))
     assert before == 0
     assert after > 0.4
-    doubtful, sure = entropy(method.targets[:8][known]).mean(), entropy(method.targets[8:]).mean()
+    doubtful, sure = entropy(method.kept.rows[:8][known]).mean(), entropy(method.kept.rows[8:]).mean()
     assert doubtful > sure
 
 
@@ -153,7 +153,7 @@ def test_it_refines_to_the_same_numbers_and_another_seed_to_others() -> None:
         data, method = Numbered(), refinery()
         data.seed = seed
         method.prepare(tiny_network(), data)
-        found.append(method.targets)
+        found.append(method.kept.rows)
     assert identical(found[0], found[1])
     assert not identical(found[0], found[2])
 

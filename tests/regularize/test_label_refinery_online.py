@@ -32,12 +32,12 @@ def test_what_is_set_aside_does_not_train_and_moves_towards_what_the_network_say
     step = method.step(batch, Forward(net, classify(), progress=0.5))
     assert step.batch.extra["index"].tolist() == [2, 3, 4, 5, 6, 7]
     assert net.training
-    assert method.targets is not None
-    torch.testing.assert_close(method.targets[:2], expected)
-    assert not method.targets[2:].any()
+    assert method.kept.rows is not None
+    torch.testing.assert_close(method.kept.rows[:2], expected)
+    assert not method.kept.rows[2:].any()
     again = 0.3 * (net.eval()(batch.input[:2]) / 2).softmax(1) + 0.7 * (expected if free else batch.target[:2])
     method.step(batch, Forward(net.train(), classify(), progress=0.5))
-    torch.testing.assert_close(method.targets[:2], again, atol=0.02, rtol=0)  # BatchNorm has seen a batch
+    torch.testing.assert_close(method.kept.rows[:2], again, atol=0.02, rtol=0)  # BatchNorm has seen a batch
 
 
 def test_before_its_start_training_is_that_with_labels() -> None:
@@ -55,12 +55,12 @@ def test_targets_stay_distributions_that_keep_their_label() -> None:
     started = trial(method)
     for number in range(12):
         started.step(number % 6)
-    assert method.targets is not None
-    known = method.targets.sum(1) > 0
+    assert method.kept.rows is not None
+    known = method.kept.rows.sum(1) > 0
     assert known.sum() == 6  # the first of each batch, which these data do not shuffle
-    torch.testing.assert_close(method.targets[known].sum(1), torch.ones(6))
-    assert (method.targets >= 0).all()
-    assert torch.equal(method.targets[known].argmax(1), (torch.arange(48) % 3)[known])
+    torch.testing.assert_close(method.kept.rows[known].sum(1), torch.ones(6))
+    assert (method.kept.rows >= 0).all()
+    assert torch.equal(method.kept.rows[known].argmax(1), (torch.arange(48) % 3)[known])
 
 
 @pytest.mark.parametrize("other", [CutMix(probability=1.0), Quantize(LSQWeight(4), EWGS(4))], ids=str)

@@ -51,39 +51,35 @@ def test_cross_entropy_with_refined_targets_is_the_golden_loss_and_gradient() ->
     torch.testing.assert_close(torch.autograd.grad(loss, scores)[0], golden("soft_ce_grad"), rtol=1e-9, atol=1e-12)
 
 
-class Given(RefinedTargets):
-    """Targets that a test sets."""
-
-
 def batch(*index: int) -> Batch:
     return Batch(torch.zeros(len(index), 3, 8, 8), torch.eye(3)[[0] * len(index)], {"index": torch.tensor(index)})
 
 
 def test_a_target_is_looked_up_by_the_images_number_and_a_label_stays_where_there_is_none() -> None:
-    method = Given()
-    method.targets = torch.tensor([[0.2, 0.8, 0.0], [0.0, 0.0, 0.0], [0.0, 0.5, 0.5]])
+    kept = RefinedTargets("Given")
+    kept.rows = torch.tensor([[0.2, 0.8, 0.0], [0.0, 0.0, 0.0], [0.0, 0.5, 0.5]])
     given = batch(2, 1, 0)
-    found = method.looked_up(given).target
-    assert found.tolist() == [[0.0, 0.5, 0.5], [1.0, 0.0, 0.0], method.targets[0].tolist()]
+    found = kept.looked_up(given).target
+    assert found.tolist() == [[0.0, 0.5, 0.5], [1.0, 0.0, 0.0], kept.rows[0].tolist()]
     assert torch.equal(given.target, batch(2, 1, 0).target)
 
 
 def test_saved_targets_are_there_before_prepare() -> None:
-    method, again = Given(), Given()
-    method.targets = torch.rand(5, 3)
-    again.load_state_dict(method.state_dict())
-    assert torch.equal(again.targets, method.targets)
+    kept, again = RefinedTargets("Given"), RefinedTargets("Given")
+    kept.rows = torch.rand(5, 3)
+    again.load_state_dict(kept.state_dict())
+    assert torch.equal(again.rows, kept.rows)
     again.load_state_dict(again.state_dict())
 
 
 def test_data_without_numbers_and_targets_that_are_no_probabilities_are_refused() -> None:
-    method = Given()
-    method.targets = torch.zeros(3, 3)
+    kept = RefinedTargets("Given")
+    kept.rows = torch.zeros(3, 3)
     with pytest.raises(UserError, match="do not number their images"):
-        method.looked_up(batch(0)._replace(extra={}))
+        kept.looked_up(batch(0)._replace(extra={}))
     with pytest.raises(UserError, match="class probabilities"):
-        method.looked_up(batch(0)._replace(target=torch.tensor([1])))
+        kept.looked_up(batch(0)._replace(target=torch.tensor([1])))
     data = TinyImages()
     data.images = None
     with pytest.raises(UserError, match="do not say how many"):
-        method.empty(data, torch.device("cpu"))
+        kept.empty(data, torch.device("cpu"))

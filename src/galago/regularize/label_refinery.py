@@ -48,9 +48,10 @@ from galago.checkpoint import keep_random_state
 from galago.console import say, watched
 from galago.data import Data
 from galago.errors import UserError
-from galago.method import Forward
+from galago.layers import innermost
+from galago.method import Forward, Method
 from galago.probe import device_of, evaluating, normalized
-from galago.regularize.refined_targets import RefinedTargets, numbers_of, refined
+from galago.regularize.refined_targets import RefinedTargets, refined
 from galago.schedule import Cosine
 from galago.spec import build, describe, packages
 from galago.task import scores_of
@@ -80,7 +81,7 @@ def entropy(target: Tensor) -> Tensor:
     return -torch.xlogy(target, target).sum(1)
 
 
-class LabelRefinery(RefinedTargets):
+class LabelRefinery(Method):
     """Refines all targets before training begins.
 
     Args:
@@ -108,6 +109,7 @@ class LabelRefinery(RefinedTargets):
         self.shares = list(usual if shares is None else shares)
         self.epochs, self.folds, self.free, self.temperature = epochs, folds, free, temperature
         self.rate, self.views = rate, views
+        self.kept = RefinedTargets("LabelRefinery")
         if min(epochs, views) < 1 or folds < 2 or temperature <= 0 or rate <= 0:
             raise UserError(
                 f"LabelRefinery: epochs {epochs} and views {views} are at least 1, folds {folds} at least 2,"
@@ -122,14 +124,14 @@ class LabelRefinery(RefinedTargets):
         Raises:
             UserError: images are not numbered, or several processes train.
         """
-        if self.targets is None:
+        if self.kept.rows is None:
             with keep_random_state():
-                self.targets = self.refine(model, data)
-        self.targets = self.targets.to(device_of(model))
+                self.kept.rows = self.refine(model, data)
+        self.kept.to(device_of(model))
         return model
 
     def step(self, batch: Batch, inner: Forward) -> Step:
-        return inner(self.looked_up(batch))
+        return inner(self.kept.looked_up(batch))
 
     def refine(self, model: nn.Module, data: Data) -> Tensor:
         """All rounds, one after another. The targets, images×K."""
@@ -144,9 +146,9 @@ class LabelRefinery(RefinedTargets):
 
     def labels(self, data: Data, device: torch.device) -> Tensor:
         """What the data give, images×K; zeros for images that no batch of the first two epochs showed."""
-        labels = self.empty(data, device)
+        labels = self.kept.empty(data, device)
         for batch in shown(data, 2):
-            labels[numbers_of(batch, "LabelRefinery").to(device)] = batch.target.to(device)
+            labels[self.kept.numbers(batch).to(device)] = batch.target.to(device)
         return labels
 
     def divided(self, labels: Tensor, seed: int, number: int) -> Tensor:
@@ -210,7 +212,7 @@ def changed(labels: Tensor, targets: Tensor) -> str:
 
 def fresh(model: nn.Module) -> nn.Module:
     """A network like the model before any method changed it, with weights of its own, on the same device."""
-    record = describe(model)
+    record = describe(innermost(model))
     network = build(record, allow=packages(record))
     assert isinstance(network, nn.Module)
     return network.to(device_of(model))

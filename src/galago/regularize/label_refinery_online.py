@@ -27,14 +27,14 @@ from torch.utils._pytree import tree_map
 from galago.batch import Batch, Step
 from galago.data import Data
 from galago.errors import UserError
-from galago.method import Forward
+from galago.method import Forward, Method
 from galago.probe import device_of, evaluating
-from galago.regularize.refined_targets import RefinedTargets, numbers_of, refined
+from galago.regularize.refined_targets import RefinedTargets, refined
 from galago.taps import unnoticed
 from galago.task import scores_of
 
 
-class OnlineLabelRefinery(RefinedTargets):
+class OnlineLabelRefinery(Method):
     """Refines targets while the network trains.
 
     Args:
@@ -56,26 +56,27 @@ class OnlineLabelRefinery(RefinedTargets):
                 f"OnlineLabelRefinery: folds is {folds} and temperature {temperature:g}; give 2 or more and more than 0"
             )
         self.share, self.folds, self.free, self.temperature, self.start = share, folds, free, temperature, start
+        self.kept = RefinedTargets("OnlineLabelRefinery")
 
     def prepare(self, model: nn.Module, data: Data) -> nn.Module:
-        if self.targets is None:
-            self.targets = self.empty(data, device_of(model))
-        self.targets = self.targets.to(device_of(model))
+        if self.kept.rows is None:
+            self.kept.rows = self.kept.empty(data, device_of(model))
+        self.kept.to(device_of(model))
         return model
 
     def step(self, batch: Batch, inner: Forward) -> Step:
         aside = max(len(batch.input) // self.folds, 1)
         if inner.progress < self.start or len(batch.input) <= aside:
-            return inner(self.looked_up(batch))
+            return inner(self.kept.looked_up(batch))
         self.remember(tree_map(lambda tensor: tensor[:aside], batch), inner.model)
-        return inner(self.looked_up(tree_map(lambda tensor: tensor[aside:], batch)))
+        return inner(self.kept.looked_up(tree_map(lambda tensor: tensor[aside:], batch)))
 
     @torch.no_grad()
     def remember(self, batch: Batch, model: nn.Module) -> None:
         """Moves the targets of these images towards what the network says of them."""
         with evaluating(model), unnoticed():
             scores: Tensor = scores_of(model(batch.input)).float()
-        before = self.looked_up(batch).target if self.free else batch.target
+        before = self.kept.looked_up(batch).target if self.free else batch.target
         moved = refined(before, (scores / self.temperature).softmax(1), self.share)
-        assert self.targets is not None, "prepare comes first"
-        self.targets.index_copy_(0, numbers_of(batch, "OnlineLabelRefinery"), moved.to(self.targets.dtype))
+        assert self.kept.rows is not None, "prepare comes first"
+        self.kept.rows.index_copy_(0, self.kept.numbers(batch), moved.to(self.kept.rows.dtype))

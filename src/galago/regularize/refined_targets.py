@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from abc import ABC
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from galago.batch import Batch
 from galago.data import Data
 from galago.errors import UserError
-from galago.method import Method
 
 
 def refined(before: Tensor, predicted: Tensor, share: float) -> Tensor:
@@ -23,36 +21,27 @@ def refined(before: Tensor, predicted: Tensor, share: float) -> Tensor:
     return (1 - share) * before + share * predicted
 
 
-def numbers_of(batch: Batch, method: str) -> Tensor:
-    """Which training images a batch holds.
+class RefinedTargets(nn.Module):
+    """A target for every training image, looked up by its number; part of a method's state.
 
-    Raises:
-        UserError: the data do not say, or targets are no class probabilities.
-    """
-    if "index" not in batch.extra:
-        raise UserError(f"{method}: these data do not number their images; have them give `extra['index']`")
-    if not isinstance(batch.target, Tensor) or batch.target.ndim != 2 or not batch.target.is_floating_point():
-        raise UserError(f"{method} needs class probabilities N×K as targets; leave it out for this task")
-    return batch.extra["index"]
-
-
-class RefinedTargets(Method, ABC):
-    """A target for every training image, looked up by its number. Abstract: how they come about is a subclass's matter.
+    Args:
+        owner: the method, for what a user is told.
 
     Attributes:
-        targets: images×K, a row of zeros where an image keeps the label that it has; None before `prepare`.
+        rows: images×K, zeros where an image keeps the label that it has; None before there are any.
     """
 
-    targets: Tensor | None
+    rows: Tensor | None
 
-    def __init__(self) -> None:
+    def __init__(self, owner: str) -> None:
         super().__init__()
-        self.register_buffer("targets", None)
+        self.owner = owner
+        self.register_buffer("rows", None)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        saved = state_dict.get(f"{prefix}targets")
-        if self.targets is None and isinstance(saved, Tensor):
-            self.targets = torch.empty_like(saved)
+        saved = state_dict.get(f"{prefix}rows")
+        if self.rows is None and isinstance(saved, Tensor):
+            self.rows = torch.empty_like(saved)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def empty(self, data: Data, device: torch.device) -> Tensor:
@@ -62,17 +51,28 @@ class RefinedTargets(Method, ABC):
             UserError: the data do not say how many images there are, or several processes train.
         """
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            raise UserError(f"{type(self).__name__} refines targets in one process; set devices: 1")
+            raise UserError(f"{self.owner} refines targets in one process; set devices: 1")
         if data.images is None:
             raise UserError(
-                f"{type(self).__name__} keeps a target for every training image, but these data do not say how many"
-                " there are; give your data class an attribute `images`"
+                f"{self.owner} keeps a target for every training image, but these data do not say how many there are;"
+                " give your data class an attribute `images`"
             )
         return torch.zeros(data.images, len(data.classes), device=device)
 
+    def numbers(self, batch: Batch) -> Tensor:
+        """Which training images a batch holds.
+
+        Raises:
+            UserError: the data do not say, or targets are no class probabilities.
+        """
+        if "index" not in batch.extra:
+            raise UserError(f"{self.owner}: these data do not number their images; have them give `extra['index']`")
+        if not isinstance(batch.target, Tensor) or batch.target.ndim != 2 or not batch.target.is_floating_point():
+            raise UserError(f"{self.owner} needs class probabilities N×K as targets; leave it out for this task")
+        return batch.extra["index"]
+
     def looked_up(self, batch: Batch) -> Batch:
         """The batch with its images' targets, and with the labels that it has where there are none yet."""
-        index = numbers_of(batch, type(self).__name__)
-        assert self.targets is not None, "prepare comes first"
-        found = self.targets[index]
+        assert self.rows is not None, "prepare comes first"
+        found = self.rows[self.numbers(batch)].to(batch.target.dtype)
         return batch._replace(target=torch.where(found.sum(1, keepdim=True) > 0, found, batch.target))
