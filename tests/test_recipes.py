@@ -63,6 +63,7 @@ def own_data(data: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     arguments = data["init_args"]
     arguments.update({name: 2 for name in ("factor",) if name in arguments})  # of an imbalance, in so few images
     arguments.update({name: [0.5, 0.6, 0.8, 1.0] for name in ("fractions",) if name in arguments})  # of a growing set
+    arguments.update({name: 1 for name in ("times",) if name in arguments})  # that an epoch repeats its images
     return own_data(arguments["data"]) if "data" in arguments else (data["class_path"], arguments)
 
 
