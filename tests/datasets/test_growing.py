@@ -158,8 +158,9 @@ def test_a_person_is_told_of_each_stage_and_what_all_cost(capsys: pytest.Capture
         data.train(epoch)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
-    assert "stage 1/2" in lines[0]
-    assert "all 4 cost 3.5 epochs of the full set" in lines[0]
+    assert "stage 1/2, epochs 1 to 1" in lines[0]
+    assert "all 4 epochs cost 3.5 of the full set" in lines[0]
+    assert "stage 2/2, epochs 2 to 4" in lines[1]
 
 
 def test_a_damaged_set_may_grow_and_what_is_measured_on_stays() -> None:

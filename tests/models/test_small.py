@@ -38,6 +38,12 @@ def test_activations_keep_their_size_at_the_beginning() -> None:
     assert not any(module.bias.any() for module in net.modules() if isinstance(module, nn.Conv2d | nn.Linear))
 
 
+def test_scores_are_small_at_the_beginning_even_with_dropout() -> None:
+    torch.manual_seed(0)
+    scores = SmallCNN(width=32).train()(torch.randn(64, 3, 32, 32))
+    assert nn.functional.cross_entropy(scores, torch.arange(64) % 10).item() < 4
+
+
 def test_dropout_acts_in_training_only() -> None:
     net, image = SmallCNN(), torch.randn(2, 3, 32, 32)
     assert torch.equal(net.eval()(image), net(image))

@@ -151,6 +151,17 @@ def test_it_tells_what_it_adds() -> None:
     assert Reconstruct(0.0).summary() is None
 
 
+def test_a_network_in_branches_rebuilds_from_its_first() -> None:
+    net = nn.Sequential(nn.Identity(), nn.Flatten(), nn.Linear(192, 3))
+    method, image = Reconstruct(layer="0"), torch.randn(4, 3, 8, 8)
+    method.prepare(net, TinyImages())
+    before = method.step(Batch(image, torch.eye(3)[[0] * 4]), Forward(net, classify())).losses["reconstruction"]
+    net[0].register_forward_pre_hook(lambda module, given: torch.cat([given[0], torch.randn(4, 3, 8, 8)]))
+    net[1].register_forward_hook(lambda module, given, output: output[:4])
+    after = method.step(Batch(image, torch.eye(3)[[0] * 4]), Forward(net, classify())).losses["reconstruction"]
+    torch.testing.assert_close(after, before)
+
+
 @pytest.mark.parametrize("noise", [0.0, 0.1])
 def test_it_obeys_the_laws(noise: float) -> None:
     check_method(lambda: Reconstruct(noise=noise))

@@ -83,3 +83,9 @@ def test_data_without_numbers_and_targets_that_are_no_probabilities_are_refused(
     data.images = None
     with pytest.raises(UserError, match="do not say how many"):
         kept.empty(data, torch.device("cpu"))
+
+
+def test_several_processes_are_refused_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    with pytest.raises(UserError, match="set devices: 1"):
+        RefinedTargets("Given").empty(TinyImages(), torch.device("cpu"))

@@ -154,11 +154,11 @@ class Growing(Data):
 
     def told(self, stage: int) -> str:
         """What a person reads when a stage begins."""
-        part = self.stages[stage]
+        part, last = self.stages[stage], sum(self.epochs[: stage + 1])
         return (
-            f"stage {stage + 1}/{len(self.stages)}: {len(part.training.positions):,} images in batches of"
-            f" {part.batch_size}, {self.epochs[stage]} epochs; all {sum(self.epochs)} cost"
-            f" {full_epochs(self.epochs, self.fractions):g} epochs of the full set"
+            f"stage {stage + 1}/{len(self.stages)}, epochs {last - self.epochs[stage] + 1} to {last}:"
+            f" {len(part.training.positions):,} images in batches of {part.batch_size};"
+            f" all {sum(self.epochs)} epochs cost {full_epochs(self.epochs, self.fractions):g} of the full set"
         )
 
     def validation(self) -> Loader:

@@ -10,8 +10,10 @@ better, and that dropout helps. With 10 classes, 32×32 pixels in color and thre
 11,162, 33,834 or 113,738 parameters (6,362, 24,234 or 94,538 with global pooling).
 Recipe: recipes/regularize/small_data_cifar10.yaml; the protocol is `benchmarks/small_data.py`.
 
-The paper's abstract could be had and no code is public: the family is designed here, with its defaults: three blocks,
-dropout at 0.4, He's initialization of all weights and no bias at the beginning.
+Only the paper's abstract could be had, and no code is public: the family is designed here, with its defaults: three
+blocks, dropout at 0.4, biases of 0 and He's initialization of convolutions. The last layer begins with a tenth of the
+deviation 1 / sqrt(inputs): max-pooling and dropout have made activations large, and with He's its scores would be so
+large too that the loss begins at 20 instead of 3 and most of a short training goes by before it has come down.
 """
 
 from __future__ import annotations
@@ -74,8 +76,11 @@ def _block(before: int, width: int, dropout: float) -> nn.Sequential:
 
 
 def _initialize(layer: nn.Module) -> None:
-    if isinstance(layer, nn.Conv2d | nn.Linear):
+    if isinstance(layer, nn.Conv2d):
         nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    if isinstance(layer, nn.Linear):
+        nn.init.normal_(layer.weight, std=0.1 / layer.in_features**0.5)
+    if isinstance(layer, nn.Conv2d | nn.Linear):
         nn.init.zeros_(layer.get_parameter("bias"))
 
 

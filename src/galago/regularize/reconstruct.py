@@ -135,7 +135,8 @@ class Reconstruct(Method):
         if self.weight == 0:
             return inner(batch)
         step = inner(batch._replace(input=self.disturbed(batch.input)))
-        wrong = (self.decoder(self.feature()) - batch.input).square().mean()
+        feature = self.feature()[: len(batch.input)]  # a network in branches puts the others' features behind
+        wrong = (self.decoder(feature) - batch.input).square().mean()
         return step.add(reconstruction=self.weight * wrong)
 
     def disturbed(self, image: Tensor) -> Tensor:
