@@ -29,17 +29,8 @@ FOLDERS = {"augment", "blocks", "datasets", "deploy", "distill", "models", "prob
 # What the files of a folder have in common, and may import. Everything else in it is an idea of its own.
 BASES = {
     "augment": {"mixing"},
-    "datasets": {
-        "augmentation",
-        "balance",
-        "degraded",
-        "download",
-        "image_files",
-        "images",
-        "listing",
-        "loading",
-        "source",
-    },
+    "datasets": {"augmentation", "balance", "degraded", "download", "image_files", "images", "listing", "loading"}
+    | {"source"},
     "distill": {"adjust", "branches", "distill", "divergence", "ensemble", "joint_training", "junctions", "lesson"}
     | {"sizes", "stages", "teacher", "trials", "widen", "wrapping"},
     "models": {"lif", "weights"},

@@ -68,6 +68,10 @@ def refinery(epochs: int = 2, shares: tuple[float, ...] = (0.3,), folds: int = 3
     return LabelRefinery(epochs, list(shares), folds, free)
 
 
+def refine(method: LabelRefinery, model: nn.Module, data: TinyImages) -> None:
+    method.epoch(method.prepare(model, data), 0)
+
+
 def trial(*methods: Method, data: TinyImages | None = None) -> Trial:
     return Trial(tiny_network, classify(), data or Numbered(), lambda: list(methods))
 
@@ -93,7 +97,7 @@ def test_each_round_divides_anew() -> None:
 def test_no_image_is_predicted_by_a_network_that_has_seen_it_in_that_round() -> None:
     model = Noting()
     NOTES.clear()
-    refinery(shares=(0.3, 0.4), folds=4).prepare(model, Numbered())
+    refine(refinery(shares=(0.3, 0.4), folds=4), model, Numbered())
     assert len(NOTES) == 8
     for learned, asked in NOTES:
         assert learned
@@ -125,7 +129,7 @@ def test_targets_are_distributions_that_keep_their_label_and_are_not_certain() -
 def test_free_targets_of_wrongly_labeled_images_move_towards_the_right_class() -> None:
     data, right = Numbered(wrong=8), Numbered()
     method = LabelRefinery(epochs=12, shares=[0.4, 0.4], folds=3, free=True)
-    method.prepare(tiny_network(), data)
+    refine(method, tiny_network(), data)
     assert method.kept.rows is not None
     truth = method.labels(right, torch.device("cpu"))[:8]
     given = method.labels(data, torch.device("cpu"))[:8]
@@ -152,7 +156,7 @@ def test_it_refines_to_the_same_numbers_and_another_seed_to_others() -> None:
     for seed in (0, 0, 1):
         data, method = Numbered(), refinery()
         data.seed = seed
-        method.prepare(tiny_network(), data)
+        refine(method, tiny_network(), data)
         found.append(method.kept.rows)
     assert identical(found[0], found[1])
     assert not identical(found[0], found[2])
@@ -198,6 +202,14 @@ def test_a_run_that_goes_on_does_not_refine_again(tmp_path: Path, monkeypatch: p
 def test_impossible_settings_are_refused(arguments: dict[str, object], words: str) -> None:
     with pytest.raises(UserError, match=words):
         LabelRefinery(**arguments)  # type: ignore[arg-type]
+
+
+def test_nothing_is_trained_before_a_person_has_read_what_will_be(capsys: pytest.CaptureFixture[str]) -> None:
+    method = refinery(shares=(0.3, 0.4), folds=4)
+    method.prepare(tiny_network(), Numbered())
+    assert method.kept.rows is None
+    assert not capsys.readouterr().err
+    assert method.summary() == "LabelRefinery: 8 trainings of 2 epochs come before the first epoch"
 
 
 def test_it_obeys_the_laws() -> None:

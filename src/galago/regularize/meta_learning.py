@@ -10,9 +10,10 @@ behind it is minimized together with the loss of A; to first order that rewards 
     ∇L = ∇L_A(θ) + β (I - α H_A(θ)) ∇L_B(θ')           second order, H_A the Hessian of L_A
     ∇L ≈ ∇L_A(θ) + β ∇L_B(θ')                          first order
 
-When: training from scratch, where a few tenths of a point are worth twice the time. First order costs another backward
-pass for half of the batch, second order about as much again, and the memory of both graphs. List it first: what is
-listed behind it acts on each half and is part of its loss, what stands before it sees both halves put together again.
+When: classifiers trained from scratch, with time to spare. First order adds a backward pass for half of each batch,
+second order about as much again and the memory of a graph of the gradient: 1.4 and 2.1 times the time of a step of
+ResNet-20 on a CPU. Compare at equal time too. List it first: what is listed behind it acts on each half and is part of
+its loss, what stands before it sees both halves put together again.
 
 Usual setting, the defaults: β = 1, α equal to the learning rate, second order up to a million parameters. SGD with
 momentum 0.9 at 0.1, a tenth of it at 50 % and 75 %, decay 5e-4, batches of 128.
