@@ -44,6 +44,7 @@ from galago.quantize.quantize_gradient import QuantizeGradient
 from galago.quantize.two_steps import StartFrom
 from galago.regularize.autogenous import Autogenous
 from galago.regularize.energy_margin import EnergyMargin
+from galago.regularize.label_refinery import LabelRefinery
 from galago.regularize.max_dropout import MaxDropout
 from galago.run import Run
 from galago.trainer import finish
@@ -60,6 +61,7 @@ GIVEN: dict[str, Callable[[], Method]] = {
     "FeatureFusion": lambda: FeatureFusion(branch_at="down"),
     "FewImages": lambda: FewImages(iterations=2, batches=1),
     "MaxDropout": lambda: MaxDropout(layers=["block", "down"]),
+    "LabelRefinery": lambda: LabelRefinery(epochs=1, shares=[0.3], folds=2, views=1),
     "MixedPrecision": lambda: MixedPrecision(mean_weight_bits=6, widths=(4, 8), edges=True),
     "MutualLearning": lambda: MutualLearning([tiny_network()]),
     "NativeEnsemble": lambda: NativeEnsemble("down"),
@@ -86,6 +88,7 @@ BEFORE = {
 FIRST = {"Equalize", "Smooth"}  # which change the float network
 FIRST |= {"SelfChallenging"}  # which looks for its layer in a network without branches
 LATE = {"ShakeDrop", "StochasticDepth"}  # which stand inside the quantizers that they find
+FIRST |= {"MLTP", "OnlineLabelRefinery"}  # which give parts of a batch to the rest of the list
 LAST = {"FreezeOscillations", "Planting", "SignFlips"}  # which have to know all layers
 LAST |= {"NoiseInjection", "ParametricNoise"}  # which add noise in front of the quantizers that they find
 VERY_LAST = {"WeightAveraging"}  # which averages weights under the names that they have in the end

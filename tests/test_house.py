@@ -31,7 +31,17 @@ BASES = {
     "augment": {"mixing", "rectangles"},
     "corrupt": {"blur", "corruption", "digital", "draws", "liquid", "loading", "noise", "primitives", "published"}
     | {"weather"},
-    "datasets": {"augmentation", "balance", "download", "image_files", "images", "listing", "loading", "source"},
+    "datasets": {
+        "augmentation",
+        "balance",
+        "degraded",
+        "download",
+        "image_files",
+        "images",
+        "listing",
+        "loading",
+        "source",
+    },
     "distill": {"adjust", "branches", "distill", "divergence", "ensemble", "joint_training", "junctions", "lesson"}
     | {"sizes", "teacher", "trials", "widen"},
     "models": {"lif", "weights"},
@@ -40,7 +50,16 @@ BASES = {
     "quantize": {"blocks", "calibration", "columns", "fold", "graph", "inventory", "layer", "learned_step", "patterns"}
     | {"placement", "plan", "quantizer", "ranges", "reconstruction", "rest", "rounding", "settle", "soft_rounding"}
     | {"moments", "units", "budget", "sensitivity", "wrapping"},
-    "regularize": {"auxiliary", "grouping", "muting", "operators", "residual", "scores", "augment.mixing"},
+    "regularize": {
+        "auxiliary",
+        "grouping",
+        "muting",
+        "operators",
+        "refined_targets",
+        "residual",
+        "scores",
+        "augment.mixing",
+    },
     "tasks": {"classify"},
 }
 # The promise of every quantizer and of every neuron: what is quantized, and what spikes, can be recognized anywhere. So

@@ -62,6 +62,8 @@ def own_data(data: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """Class path and arguments of a recipe's data set, or of the one within it."""
     arguments = data["init_args"]
     arguments.update({name: 2 for name in ("factor",) if name in arguments})  # of an imbalance, in so few images
+    arguments.update({name: [0.5, 0.6, 0.8, 1.0] for name in ("fractions",) if name in arguments})  # of a growing set
+    arguments.update({name: 1 for name in ("times",) if name in arguments})  # that an epoch repeats its images
     return own_data(arguments["data"]) if "data" in arguments else (data["class_path"], arguments)
 
 
@@ -84,7 +86,13 @@ def shrunk(content: dict[str, Any], folder: Path) -> dict[str, Any]:
     content["methods"] = [one for one in content.get("methods", []) if not one["class_path"].endswith(".StartFrom")]
     for method in content["methods"]:
         own = method.get("init_args", {})
-        own.update({name: 2 for name in ("iterations", "scale_iterations", "batches", "steps") if name in own})
+        own.update(
+            {
+                name: 2
+                for name in ("iterations", "scale_iterations", "batches", "steps", "epochs", "folds")
+                if name in own
+            }
+        )
     for probe in content.get("probes", []):
         own = probe.get("init_args", {})
         own.pop("surrogate", None)

@@ -23,6 +23,6 @@ def check(arguments: Sequence[str]) -> int:
     prepare(learner, made.data, None)
     for summary in filter(None, (method.summary() for method in learner.ideas)):
         Console(width=None if sys.stdout.isatty() else 140).print(summary)
-    steps = len(made.data.train()) * made.epochs
+    steps = sum(len(made.data.train(epoch)) for epoch in range(made.epochs))  # epochs may differ in length
     say(f"the recipe is sound: {made.epochs} epochs, {steps} batches of {made.data.batch_size}, into {config.run}")
     return 0

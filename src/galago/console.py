@@ -33,14 +33,14 @@ class TrainingMonitor:
         probes: what is measured.
         watch: the number that decides which epoch was best.
         epochs: how many there will be.
-        images: a batch, over all processes.
+        processes: that each train on a batch of `data.batch_size`, which may be another from epoch to epoch.
     """
 
     def __init__(
-        self, learner: Learner, data: Data, probes: Sequence[Probe], watch: str, epochs: int, images: int
+        self, learner: Learner, data: Data, probes: Sequence[Probe], watch: str, epochs: int, processes: int
     ) -> None:
         self.learner, self.data, self.probes, self.watch = learner, data, probes, watch
-        self.epochs, self.images = epochs, images
+        self.epochs, self.processes = epochs, processes
         self.loss, self.since, self.batches = float("nan"), time.perf_counter(), 0
         self.bar = Progress(
             TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
@@ -81,7 +81,8 @@ class TrainingMonitor:
 
     def rate(self) -> float:
         """Training images a second since the epoch began."""
-        return self.batches * self.images / max(time.perf_counter() - self.since, 1e-9)
+        images = self.batches * self.data.batch_size * self.processes
+        return images / max(time.perf_counter() - self.since, 1e-9)
 
     def measured(self, epoch: int) -> tuple[dict[str, float], float]:
         """After an epoch: measures and says what came out."""

@@ -119,7 +119,7 @@ def train(
     learner = Learner(model, task, methods, data.normalize, average, channels_last).to(fabric.device)
     plan = Plan(epochs, accumulate, clip, checkpoint_every, log_every, patience, lower_is_better, restore_best)
     everything = [TaskMetrics(), *probes]
-    monitor = TrainingMonitor(learner, data, everything, watch, epochs, data.batch_size * fabric.world_size)
+    monitor = TrainingMonitor(learner, data, everything, watch, epochs, fabric.world_size)
     with monitor if fabric.is_global_zero else nullcontext():
         trained = fit(learner, data, optimizer, schedule, plan, fabric, files, monitor, compile)
     if fabric.is_global_zero:
