@@ -28,7 +28,7 @@ FOLDERS = {"augment", "blocks", "corrupt", "datasets", "deploy", "distill", "mod
 
 # What the files of a folder have in common, and may import. Everything else in it is an idea of its own.
 BASES = {
-    "augment": {"mixing", "rectangles"},
+    "augment": {"rectangles"},
     "corrupt": {"blur", "corruption", "digital", "draws", "liquid", "loading", "noise", "primitives", "published"}
     | {"weather"},
     "datasets": {
@@ -58,7 +58,6 @@ BASES = {
         "refined_targets",
         "residual",
         "scores",
-        "augment.mixing",
     },
     "tasks": {"classify"},
 }
@@ -146,7 +145,7 @@ def test_a_file_that_breaks_the_rule_of_imports_would_be_found() -> None:
     assert set(imported(tree, inside_functions=False)) == {"augment.mixup"}
     for other in ("augment.mixup", "distill.logits", "ship"):
         assert not may_import("augment.cutmix", other)
-    for other in ("augment.mixing", "method", "quantize.layer"):
+    for other in ("method", "quantize.layer"):
         assert may_import("augment.cutmix", other)
 
 

@@ -138,7 +138,7 @@ def change(metric: str, value: float, spread: float = 0.0, before: str = "before
         ([change("ece", 0.004)], []),
         ([change("accuracy", -0.02), change("corruption_error", 0.01)], []),
         ([change("accuracy", -0.02), change("corruption_error", 0.03)], ["Error on corrupted images moved by +3.0"]),
-        ([change("accuracy", -0.02), change("auroc_energy_mean", -0.03)], ["AUROC by energy, of known against unknown"]),
+        ([change("accuracy", -0.02), change("auroc_energy_mean", -0.03)], ["AUROC by energy, of known"]),
         ([change("accuracy", 0.0), change("corruption_error", 0.0004)], []),
         ([change("accuracy", -0.05), change("nll", 1.0)], []),
     ],

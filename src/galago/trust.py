@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from galago.batch import Batch
 from galago.console import say, watched
+from galago.corrupt.robustness import CorruptionRobustness
 from galago.data import Data, Loader
 from galago.deploy import runtime
 from galago.errors import UserError
@@ -27,7 +28,9 @@ from galago.intervals import NOTHING, Estimate, Views, estimates
 from galago.probe import TEST, Deployed, OutputProbe, Outputs, Probe, TaskMetrics, ViewsProbe, collect_each, spread
 from galago.probes.adversarial import Adversarial
 from galago.probes.calibration import Calibration
+from galago.probes.out_of_distribution import OutOfDistribution
 from galago.probes.selective import Selective
+from galago.probes.temperature import TemperatureScaled
 from galago.recipe import Parts, parts_of
 from galago.run import Run, load, normalization_of, read_json, write_json
 from galago.spec import describe
@@ -62,6 +65,9 @@ class Few(Data):
     def train(self, epoch: int = 0, start: int = 0) -> Loader:
         self.data.seed = self.seed
         return self.data.train(epoch, start)
+
+    def plain(self) -> Loader:
+        return self.data.plain()
 
     def validation(self) -> Loader:
         return self.data.validation()
@@ -139,7 +145,10 @@ def group(severities: Sequence[int], against: Path | None, own: Sequence[Probe] 
     usual: list[Probe] = [
         TaskMetrics(),
         Calibration(),
+        TemperatureScaled(),
         Selective(coverages=[80, 90, 95]),
+        CorruptionRobustness(severities=severities),
+        OutOfDistribution(),
         Adversarial(images=ATTACKED, surrogate=against),
     ]
     chosen = {type(probe): probe for probe in usual}

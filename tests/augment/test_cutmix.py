@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from galago.augment.cutmix import CutMix, boxes, kept_share, paste_each, paste_one
-from galago.augment.mixing import draw_kept, mix_targets
+from galago.mixing import draw_kept, mix_targets
 from galago.batch import Batch
 from galago.errors import UserError
 from galago.laws.trial import TinyImages, Trial, classify, exported, tiny_network

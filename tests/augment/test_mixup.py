@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from galago.augment.mixing import average
+from galago.mixing import average
 from galago.augment.mixup import Mixup
 from galago.batch import Batch
 from galago.errors import UserError

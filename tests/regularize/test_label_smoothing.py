@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from galago.augment.mixing import mix_targets
+from galago.mixing import mix_targets
 from galago.batch import Batch, Step
 from galago.errors import UserError
 from galago.method import Forward

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from galago.augment.cutmix import CutMix
-from galago.augment.mixing import draw_kept
+from galago.mixing import draw_kept
 from galago.batch import Batch
 from galago.datasets.digits import Digits
 from galago.distill.attention import Attention

@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from galago.augment.mixing import (
+from galago.mixing import (
     average,
     draw_kept,
     draw_partners,

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import torch
 
-from galago.augment.mixing import average, draw_kept, draw_partners, mix_targets, require_probabilities, require_shares
+from galago.mixing import average, draw_kept, draw_partners, mix_targets, require_probabilities, require_shares
 from galago.batch import Batch, Step
 from galago.method import Forward, Method
 
