@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from galago.augment.cutmix import CutMix, boxes, kept_share, paste_each, paste_one
-from galago.mixing import draw_kept, mix_targets
 from galago.batch import Batch
 from galago.errors import UserError
 from galago.laws.trial import TinyImages, Trial, classify, exported, tiny_network
 from galago.method import Forward, Method
+from galago.mixing import draw_kept, mix_targets
 from galago.quantize.lsq import LSQ, LSQWeight
 from galago.quantize.quantize import Quantize
 from galago.schedule import Constant, LinearDecay, Steps

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from galago.mixing import average
 from galago.augment.mixup import Mixup
 from galago.batch import Batch
 from galago.errors import UserError
+from galago.mixing import average
 from galago.testing import check_method
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from galago.mixing import mix_targets
 from galago.batch import Batch, Step
 from galago.errors import UserError
 from galago.method import Forward
+from galago.mixing import mix_targets
 from galago.regularize.label_smoothing import LabelSmoothing, smooth
 from galago.tasks.classify import Classify
 from galago.testing import check_method

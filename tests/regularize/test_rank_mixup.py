@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from galago.augment.cutmix import CutMix
-from galago.mixing import draw_kept
 from galago.batch import Batch
 from galago.datasets.digits import Digits
 from galago.distill.attention import Attention
@@ -21,6 +20,7 @@ from galago.distill.native_ensemble import NativeEnsemble
 from galago.errors import UserError
 from galago.laws.trial import TinyImages, Trial, classify, close, exported, tiny_network
 from galago.method import Forward, Method
+from galago.mixing import draw_kept
 from galago.models.tiny import Tiny
 from galago.probe import Deployed
 from galago.probes.mixed_confidence import PERCENT, MixedConfidence

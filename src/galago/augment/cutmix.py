@@ -33,10 +33,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from galago.mixing import draw_kept, draw_partners, mix_targets, require_probabilities, require_shares
 from galago.augment.rectangles import around, filled
 from galago.batch import Batch, Step
 from galago.method import Forward, Method
+from galago.mixing import draw_kept, draw_partners, mix_targets, require_probabilities, require_shares
 from galago.schedule import Constant, Schedule
 
 

@@ -29,6 +29,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from galago.batch import Batch, Step
+from galago.data import Data
+from galago.errors import UserError
+from galago.method import Forward, Method
 from galago.mixing import (
     average,
     draw_kept,
@@ -37,10 +41,6 @@ from galago.mixing import (
     require_probabilities,
     require_shares,
 )
-from galago.batch import Batch, Step
-from galago.data import Data
-from galago.errors import UserError
-from galago.method import Forward, Method
 from galago.stages import shapes_at
 from galago.taps import Changes
 

@@ -24,9 +24,9 @@ from __future__ import annotations
 
 import torch
 
-from galago.mixing import average, draw_kept, draw_partners, mix_targets, require_probabilities, require_shares
 from galago.batch import Batch, Step
 from galago.method import Forward, Method
+from galago.mixing import average, draw_kept, draw_partners, mix_targets, require_probabilities, require_shares
 
 
 class Mixup(Method):

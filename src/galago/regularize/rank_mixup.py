@@ -49,10 +49,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from galago.mixing import draw_kept, draw_partners, require_probabilities, require_shares
 from galago.batch import Batch, Step
 from galago.errors import UserError
 from galago.method import Forward, Method
+from galago.mixing import draw_kept, draw_partners, require_probabilities, require_shares
 from galago.taps import unnoticed
 from galago.task import scores_of
 
