@@ -81,3 +81,32 @@ class Data(ABC):
     @abstractmethod
     def example(self) -> Tensor:
         """One raw input as the deployed model will see it, 1×C×H×W, uint8."""
+
+
+class Wrapped(Data):
+    """Another data set, changed in part: what a subclass does not say is the other's.
+
+    Args:
+        data: the other.
+    """
+
+    def __init__(self, data: Data) -> None:
+        self.data = data
+        self.batch_size, self.classes, self.normalize = data.batch_size, data.classes, data.normalize
+        self.images = data.images
+
+    def train(self, epoch: int = 0, start: int = 0) -> Loader:
+        self.data.seed = self.seed
+        return self.data.train(epoch, start)
+
+    def plain(self) -> Loader:
+        return self.data.plain()
+
+    def validation(self) -> Loader:
+        return self.data.validation()
+
+    def test(self) -> Loader:
+        return self.data.test()
+
+    def example(self) -> Tensor:
+        return self.data.example()

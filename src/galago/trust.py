@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from galago.batch import Batch
 from galago.console import say, watched
 from galago.corrupt.robustness import CorruptionRobustness
-from galago.data import Data, Loader
+from galago.data import Data, Loader, Wrapped
 from galago.deploy import runtime
 from galago.errors import UserError
 from galago.intervals import NOTHING, Estimate, Views, estimates
@@ -49,7 +49,7 @@ class Subject(NamedTuple):
     stored: StoredViews
 
 
-class Few(Data):
+class Few(Wrapped):
     """Another data set with fewer test images, spread evenly over all.
 
     Args:
@@ -58,25 +58,11 @@ class Few(Data):
     """
 
     def __init__(self, data: Data, few: int) -> None:
-        self.data, self.few = data, few
-        self.batch_size, self.classes, self.normalize = data.batch_size, data.classes, data.normalize
-        self.images = data.images
-
-    def train(self, epoch: int = 0, start: int = 0) -> Loader:
-        self.data.seed = self.seed
-        return self.data.train(epoch, start)
-
-    def plain(self) -> Loader:
-        return self.data.plain()
-
-    def validation(self) -> Loader:
-        return self.data.validation()
+        super().__init__(data)
+        self.few = few
 
     def test(self) -> list[Batch]:
         return spread(self.data.test(), self.few)
-
-    def example(self) -> Tensor:
-        return self.data.example()
 
 
 def trust_run(

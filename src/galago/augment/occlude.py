@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from galago.batch import Batch, Step
-from galago.data import Data, Loader
+from galago.data import Data, Loader, Wrapped
 from galago.errors import UserError
 from galago.method import Forward, Method
 from galago.probe import device_of
@@ -104,7 +104,7 @@ def occluded(image: Tensor, visible: Visible, black: Tensor) -> Tensor:
     return torch.where(visible(height, width).to(image.device), image, black)
 
 
-class Occluded(Data):
+class Occluded(Wrapped):
     """Another data set, with a part of its images hidden wherever a model is judged.
 
     Args:
@@ -114,9 +114,8 @@ class Occluded(Data):
     """
 
     def __init__(self, data: Data, visible: Visible, hide_training: bool = False) -> None:
-        self.data, self.visible, self.hide_training = data, visible, hide_training
-        self.batch_size, self.classes, self.normalize = data.batch_size, data.classes, data.normalize
-        self.images = data.images
+        super().__init__(data)
+        self.visible, self.hide_training = visible, hide_training
 
     def train(self, epoch: int = 0, start: int = 0) -> Loader:
         """The other's batches: whole, for `Occlude`, unless they are to be hidden too."""

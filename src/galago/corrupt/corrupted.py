@@ -24,10 +24,10 @@ from torch import Tensor
 
 from galago.corrupt.corruption import Corruption, require_severity
 from galago.corrupt.loading import CorruptedBatches
-from galago.data import Data, Loader
+from galago.data import Data, Loader, Wrapped
 
 
-class Corrupted(Data):
+class Corrupted(Wrapped):
     """Another data set's images, corrupted.
 
     Args:
@@ -40,9 +40,8 @@ class Corrupted(Data):
     def __init__(self, data: Data, corruption: Corruption, severity: int = 3, training: bool = False) -> None:
         require_severity("Corrupted", severity)
         corruption.require(data.example())
-        self.data, self.corruption, self.severity, self.training = copy.copy(data), corruption, severity, training
-        self.batch_size, self.classes, self.normalize = data.batch_size, data.classes, data.normalize
-        self.images = data.images
+        super().__init__(copy.copy(data))
+        self.corruption, self.severity, self.training = corruption, severity, training
 
     def train(self, epoch: int = 0, start: int = 0) -> Loader:
         self.data.seed = self.seed

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from galago.batch import Batch
-from galago.data import Data, Loader
+from galago.data import Loader, Wrapped
 from galago.datasets.image_files import Files, upright
 from galago.datasets.images import ImageData
 from galago.datasets.source import Split
@@ -77,7 +77,7 @@ def as_seen(corners: Corners, size: tuple[int, int], source: Files) -> list[floa
     return [*rows, *columns]
 
 
-class Boxed(Data):
+class Boxed(Wrapped):
     """Photographs in files, with the boxes that a table knows of.
 
     Args:
@@ -86,26 +86,13 @@ class Boxed(Data):
     """
 
     def __init__(self, data: ImageData, boxes: Path) -> None:
-        self.data, self.boxes = data, boxes
-        self.batch_size, self.classes, self.normalize = data.batch_size, data.classes, data.normalize
-        self.images = data.images
+        super().__init__(data)
+        self.boxes = boxes
         self._known = _boxes_of(data.testing, read_boxes(boxes), boxes)
-
-    def train(self, epoch: int = 0, start: int = 0) -> Loader:
-        """The other's batches, without boxes."""
-        self.data.seed = self.seed
-        return self.data.train(epoch, start)
-
-    def validation(self) -> Loader:
-        """The other's validation images, without boxes."""
-        return self.data.validation()
 
     def test(self) -> Loader:
         """The other's test images, with boxes."""
         return WithBoxes(self.data.test(), self._known)
-
-    def example(self) -> Tensor:
-        return self.data.example()
 
 
 class WithBoxes:

@@ -25,7 +25,7 @@ from abc import ABC
 import torch
 from torch import Tensor
 
-from galago.data import Data, Loader
+from galago.data import Loader, Wrapped
 from galago.datasets.images import ImageData
 from galago.datasets.source import Source, Split, Taken, rank_in_class
 from galago.errors import UserError
@@ -83,7 +83,7 @@ class Relabeled(Source):
         return self.source.fit(image)
 
 
-class Degraded(Data, ABC):
+class Degraded(Wrapped, ABC):
     """A data set with another training set. Abstract: what is done to it is a subclass's matter.
 
     Args:
@@ -92,9 +92,8 @@ class Degraded(Data, ABC):
     """
 
     def __init__(self, data: ImageData | Degraded, damage_seed: int = 0) -> None:
-        self.data, self.damage_seed = data, damage_seed
-        self.batch_size, self.classes, self.normalize = data.batch_size, data.classes, data.normalize
-        self.images = data.images
+        super().__init__(data)
+        self.damage_seed = damage_seed
         self.damaged: ImageData = copy.copy(data.damaged if isinstance(data, Degraded) else data)
 
     def train(self, epoch: int = 0, start: int = 0) -> Loader:
@@ -103,15 +102,6 @@ class Degraded(Data, ABC):
 
     def plain(self) -> Loader:
         return self.damaged.plain()
-
-    def validation(self) -> Loader:
-        return self.data.validation()
-
-    def test(self) -> Loader:
-        return self.data.test()
-
-    def example(self) -> Tensor:
-        return self.data.example()
 
 
 class NoisyLabels(Degraded):

@@ -19,9 +19,8 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import Tensor
 
-from galago.data import Data, Loader
+from galago.data import Loader, Wrapped
 from galago.datasets.augmentation import Augmentation
 from galago.datasets.degraded import Degraded
 from galago.datasets.images import ImageData
@@ -47,7 +46,7 @@ def enlarged(split: Split, augmentation: Augmentation, classes: int, copies: int
     return Pixels(torch.cat([batch.input for batch in batches]), labels)
 
 
-class FixedCopies(Data):
+class FixedCopies(Wrapped):
     """The images of a data set and augmented copies of them, which stay the same.
 
     Args:
@@ -59,8 +58,8 @@ class FixedCopies(Data):
     def __init__(self, data: ImageData | Degraded, copies: int = 4, copies_seed: int = 0) -> None:
         if copies < 0:
             raise UserError(f"FixedCopies: copies is {copies}; give 0 or more, usually 4")
-        self.data, self.copies, self.copies_seed = data, copies, copies_seed
-        self.batch_size, self.classes, self.normalize = data.batch_size, data.classes, data.normalize
+        super().__init__(data)
+        self.copies, self.copies_seed = copies, copies_seed
         whole = data.damaged if isinstance(data, Degraded) else data
         source = enlarged(whole.training, whole.augmentation, len(self.classes), copies, copies_seed)
         self.fixed, self.images = copy.copy(whole), len(source)
@@ -69,12 +68,3 @@ class FixedCopies(Data):
     def train(self, epoch: int = 0, start: int = 0) -> Loader:
         self.fixed.seed = self.seed
         return self.fixed.train(epoch, start)
-
-    def validation(self) -> Loader:
-        return self.data.validation()
-
-    def test(self) -> Loader:
-        return self.data.test()
-
-    def example(self) -> Tensor:
-        return self.data.example()

@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 from galago.console import say
-from galago.data import Data, Loader
+from galago.data import Loader, Wrapped
 from galago.datasets.degraded import Degraded
 from galago.datasets.images import ImageData
 from galago.datasets.source import rank_in_class
@@ -98,7 +98,7 @@ def stage_at(position: float, epochs: Sequence[int]) -> tuple[int, float]:
     return stage, min((position - ends[stage] + epochs[stage]) / epochs[stage], 1.0)
 
 
-class Growing(Data):
+class Growing(Wrapped):
     """Images of a data set, of which training sees more from stage to stage.
 
     Args:
@@ -118,10 +118,9 @@ class Growing(Data):
         growth_seed: int = 0,
     ) -> None:
         require_stages(epochs, fractions)
-        self.data, self.epochs, self.fractions = data, list(epochs), list(fractions)
+        super().__init__(data)
+        self.epochs, self.fractions = list(epochs), list(fractions)
         self.smaller_batches, self.growth_seed = smaller_batches, growth_seed
-        self.classes, self.normalize, self.images = data.classes, data.normalize, data.images
-        self.batch_size = data.batch_size
         whole = data.damaged if isinstance(data, Degraded) else data
         self.stages = [self.part(whole, fraction) for fraction in fractions]
         self._told = -1
@@ -160,15 +159,6 @@ class Growing(Data):
             f" {len(part.training.positions):,} images in batches of {part.batch_size};"
             f" all {sum(self.epochs)} epochs cost {full_epochs(self.epochs, self.fractions):g} of the full set"
         )
-
-    def validation(self) -> Loader:
-        return self.data.validation()
-
-    def test(self) -> Loader:
-        return self.data.test()
-
-    def example(self) -> Tensor:
-        return self.data.example()
 
 
 class ConstantNoise(Schedule):

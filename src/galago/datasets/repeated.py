@@ -13,10 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from torch import Tensor
-
 from galago.batch import Batch
-from galago.data import Data, Loader
+from galago.data import Data, Loader, Wrapped
 from galago.errors import UserError
 
 
@@ -38,7 +36,7 @@ class OneAfterAnother:
             yield from loader
 
 
-class Repeated(Data):
+class Repeated(Wrapped):
     """A data set of which one epoch is several passes.
 
     Args:
@@ -49,9 +47,8 @@ class Repeated(Data):
     def __init__(self, data: Data, times: int = 10) -> None:
         if times < 1:
             raise UserError(f"Repeated: times is {times}; give 1 or more passes an epoch")
-        self.data, self.times = data, times
-        self.batch_size, self.classes, self.normalize = data.batch_size, data.classes, data.normalize
-        self.images = data.images
+        super().__init__(data)
+        self.times = times
 
     def train(self, epoch: int = 0, start: int = 0) -> Loader:
         self.data.seed = self.seed
@@ -62,12 +59,3 @@ class Repeated(Data):
                 loaders.append(self.data.train(number, start) if start > 0 else whole)
             start = max(start - len(whole), 0)
         return OneAfterAnother(loaders)
-
-    def validation(self) -> Loader:
-        return self.data.validation()
-
-    def test(self) -> Loader:
-        return self.data.test()
-
-    def example(self) -> Tensor:
-        return self.data.example()
