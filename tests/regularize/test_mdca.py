@@ -2,50 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from galago.augment.cutmix import CutMix
-from galago.batch import Batch
 from galago.laws.trial import TinyImages, Trial, classify, close, exported, tiny_network
-from galago.method import Forward, Method
+from galago.method import Method
 from galago.quantize.ewgs import EWGS
 from galago.quantize.lsq import LSQWeight
 from galago.quantize.min_max import MinMax
 from galago.quantize.quantize import Quantize
 from galago.regularize.mdca import MDCA, class_gap
-from galago.tasks.classify import Classify
 from galago.testing import check_method
 from galago.trainer import finish
-
-GOLDEN = np.load(Path(__file__).parents[1] / "golden/regularization/rankmixup.npz")
-TARGET = nn.functional.one_hot(torch.from_numpy(GOLDEN["loss_labels"]), 6).double()
-
-
-def golden(name: str) -> Tensor:
-    return torch.from_numpy(GOLDEN[name])
-
-
-def scores() -> Tensor:
-    return golden("loss_logits").clone().requires_grad_()
-
-
-def said(output: Tensor, target: Tensor) -> Forward:
-    """A network that says this, whatever it is shown."""
-
-    class Saying(nn.Module):
-        def forward(self, image: Tensor) -> Tensor:
-            return output
-
-    return Forward(Saying(), Classify(target.shape[1]))
-
-
-def step(method: Method, output: Tensor, target: Tensor) -> dict[str, Tensor]:
-    return method.step(Batch(torch.zeros(len(output), 3, 4, 4), target), said(output, target)).losses
+from scored import GOLDEN, TARGET, golden, scores, step
 
 
 def test_loss_and_gradient_equal_the_golden_values() -> None:
