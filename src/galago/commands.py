@@ -134,7 +134,7 @@ def trust_command(
     Args:
         run: folder of a finished run; its files are measured too where they exist.
         against: folder of the run that came before, a float teacher for instance.
-        images: how many test images; by default all.
+        images: of the test, at most, spread evenly over it; by default all.
         severities: of corruptions, from 1 to 5.
         rounds: how often the images are drawn again for the intervals.
         data_root: where the images lie, if no longer where the recipe says.

@@ -19,7 +19,7 @@ from galago.spec import packages
 from galago.trust import trust_run
 
 # For trust after each shipping: what the report then states; `galago trust` alone measures everything.
-IMAGES, SEVERITIES, SECONDS = 1000, (1, 3, 5), 300.0
+IMAGES, SEVERITIES, ROUNDS, SECONDS = 1000, (1, 3, 5), 100, 300.0
 
 
 def ship(arguments: Sequence[str]) -> int:
@@ -41,7 +41,7 @@ def ship(arguments: Sequence[str]) -> int:
         measure_run(run, artifact, allow=allow)
     measure_latency(run, allow=allow)
     say("— trust")
-    trust_run(run, needed[0] if needed else None, IMAGES, SEVERITIES, at_most=SECONDS, allow=allow)
+    trust_run(run, needed[0] if needed else None, IMAGES, SEVERITIES, ROUNDS, at_most=SECONDS, allow=allow)
     say(f"— report: {write_report(run, needed[0] if needed else None)}")
     return 0 if outcome["passed"] else 1
 

@@ -25,6 +25,7 @@ from galago.data import Data, Loader, Wrapped
 from galago.deploy import runtime
 from galago.errors import UserError
 from galago.intervals import NOTHING, Estimate, Views, estimates
+from galago.outside_made_up import Blobs, Permuted, Uniform
 from galago.probe import TEST, Deployed, OutputProbe, Outputs, Probe, TaskMetrics, ViewsProbe, collect_each, spread
 from galago.probes.adversarial import Adversarial
 from galago.probes.calibration import Calibration
@@ -39,6 +40,7 @@ from galago.verdicts import BEFORE, MODEL, told
 from galago.views import StoredViews, fingerprint
 
 ATTACKED = 256  # images, of those that are measured on
+UNKNOWN = 1000  # images of each made-up set
 
 
 class Subject(NamedTuple):
@@ -80,7 +82,7 @@ def trust_run(
     Args:
         run: folder of a finished run.
         against: folder of the run that came before, a float teacher for instance.
-        images: how many test images; none: all.
+        images: of the test, at most, spread evenly over it; none: all.
         severities: of corruptions, from 1 to 5.
         rounds: how often the images are drawn again for the intervals.
         at_most: seconds; where it would take longer, nothing is measured.
@@ -131,10 +133,10 @@ def group(severities: Sequence[int], against: Path | None, own: Sequence[Probe] 
     usual: list[Probe] = [
         TaskMetrics(),
         Calibration(),
-        TemperatureScaled(),
+        TemperatureScaled(grid=False),
         Selective(coverages=[80, 90, 95]),
         CorruptionRobustness(severities=severities),
-        OutOfDistribution(),
+        OutOfDistribution([Uniform(UNKNOWN), Blobs(UNKNOWN), Permuted()]),
         Adversarial(images=ATTACKED, surrogate=against),
     ]
     chosen = {type(probe): probe for probe in usual}
@@ -144,7 +146,7 @@ def group(severities: Sequence[int], against: Path | None, own: Sequence[Probe] 
 
 def _subjects(files: Run, against: Path | None, parts: Parts, data: Data, allow: Sequence[str]) -> Iterator[Subject]:
     """The network before, the trained model, and its files where they exist."""
-    shown = json.dumps([files.read_recipe().get("data"), len(data.test()), data.batch_size])
+    shown = json.dumps([files.read_recipe().get("data"), sum(len(batch.input) for batch in data.test())])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for name, run in ((BEFORE, against), (MODEL, files.folder)):
         if run is not None:

@@ -45,12 +45,13 @@ class TemperatureScaled(ViewsProbe):
 
     Args:
         bins: of the reliability diagram.
+        grid: whether the grid is searched too, which takes most of the time.
     """
 
-    def __init__(self, bins: int = 15) -> None:
+    def __init__(self, bins: int = 15, grid: bool = True) -> None:
         if bins < 1:
             raise UserError(f"TemperatureScaled: bins is {bins}; 1 or more are needed (15 is customary)")
-        self.bins = bins
+        self.bins, self.grid = bins, grid
 
     def views(self, data: Data) -> dict[str, Loader]:
         return {VALIDATION: data.validation(), TEST: data.test()}
@@ -58,16 +59,18 @@ class TemperatureScaled(ViewsProbe):
     def score(self, outputs: Mapping[str, Outputs], task: Task) -> dict[str, float]:
         held, test = outputs[VALIDATION], outputs[TEST]
         temperature = fit_temperature(held.output, held.target)
-        grid = grid_temperature(held.output, held.target, self.bins)
         probabilities, label = judged(scaled(test, temperature), task)
         return {
             "temperature": temperature,
             "ece_scaled": self.diagram(test, temperature, task).expected_error(),
             "nll_scaled": negative_log_likelihood(probabilities, label),
             "brier_scaled": brier(probabilities, label),
-            "grid_temperature": grid,
-            "ece_grid_scaled": self.diagram(test, grid, task).expected_error(),
+            **(self._by_grid(held, test, task) if self.grid else {}),
         }
+
+    def _by_grid(self, held: Outputs, test: Outputs, task: Task) -> dict[str, float]:
+        grid = grid_temperature(held.output, held.target, self.bins)
+        return {"grid_temperature": grid, "ece_grid_scaled": self.diagram(test, grid, task).expected_error()}
 
     def diagram(self, outputs: Outputs, temperature: float, task: Task) -> Bins:
         """The reliability diagram at a temperature."""

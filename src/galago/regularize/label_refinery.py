@@ -79,7 +79,8 @@ def entropy(target: Tensor) -> Tensor:
     >>> entropy(torch.tensor([[0.5, 0.5], [1.0, 0.0]]))
     tensor([0.6931, 0.0000])
     """
-    return -torch.xlogy(target, target).sum(1)
+    found: Tensor = torch.special.entr(target).sum(1)
+    return found
 
 
 class LabelRefinery(Method):

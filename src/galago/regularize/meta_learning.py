@@ -63,8 +63,8 @@ def virtual_step(
         second_order: whether gradients flow through ∇L_A; otherwise it counts as a constant.
 
     >>> theta = torch.tensor(2.0, requires_grad=True)
-    >>> virtual_step(theta.square() / 2, {"theta": theta}, {"theta": 0.1}, second_order=True)["theta"].item()
-    1.8
+    >>> virtual_step(theta.square() / 2, {"theta": theta}, {"theta": 0.1}, second_order=True)["theta"].detach()
+    tensor(1.8000)
     """
     found = torch.autograd.grad(
         loss, list(theta.values()), create_graph=second_order, retain_graph=True, allow_unused=True
