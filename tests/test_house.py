@@ -38,6 +38,7 @@ BASES = {
     "quantize": {"blocks", "calibration", "columns", "fold", "graph", "inventory", "layer", "learned_step", "patterns"}
     | {"placement", "plan", "quantizer", "ranges", "reconstruction", "rest", "rounding", "settle", "soft_rounding"}
     | {"moments", "units", "budget", "sensitivity"},
+    "search": {"cell_network", "relaxation", "space", "student", "super_network"},
     "tasks": {"classify"},
 }
 # The promise of every quantizer and of every neuron: what is quantized, and what spikes, can be recognized anywhere.

@@ -25,7 +25,7 @@ KINDS = {
     "SGD": "optimizer",
     "AdamW": "optimizer",
 }
-FOLDERS = ("augment", "datasets", "distill", "models", "probes", "prune", "quantize", "regularize", "tasks")
+FOLDERS = ("augment", "datasets", "distill", "models", "probes", "prune", "quantize", "regularize", "search", "tasks")
 
 
 class Idea(NamedTuple):
