@@ -81,7 +81,8 @@ FIRST = {"Equalize", "Smooth"}  # which change the float network
 LAST = {"FreezeOscillations", "Planting", "SignFlips"}  # which have to know all layers
 LAST |= {"NoiseInjection", "ParametricNoise"}  # which add noise in front of the quantizers that they find
 ALONE = {"CompactStructure"}  # which refuse quantizers beside them: a second run quantizes what they leave
-METHODS = {idea.name: idea.class_path for idea in ideas() if idea.kind == "method"}
+ELSEWHERE = {"NasKd"}  # needs a network of its own to search in: tests/search/test_nas_kd.py
+METHODS = {idea.name: idea.class_path for idea in ideas() if idea.kind == "method" and idea.name not in ELSEWHERE}
 # A growing network: not with those that keep a number for each weight, or run a layer twice. A branched one: by
 # one method only.
 APART = [

@@ -58,6 +58,8 @@ class Bert(nn.Module):
         self.encoder = _encoder(length // patch, width, layers, heads, dropout)
         together = nn.Conv1d(width, width, 2 * patch - 1, patch, padding=patch - 1)
         self.together = nn.Identity() if patch == 1 else nn.Sequential(together, nn.GELU())
+        if patch > 1:  # BERT's own are small, for the normalization that follows at once
+            nn.init.normal_(self.encoder.embeddings.word_embeddings.weight)
         self.linear = nn.Linear(width, classes)
 
     def forward(self, x: Tensor) -> Tensor:

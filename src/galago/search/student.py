@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from galago.errors import UserError
 from galago.run import Run, load, read_json
 from galago.search.cell_network import CellNetwork
-from galago.spec import rebuild
+from galago.spec import describe, rebuild
 
 
 def student(run: str, teacher: str | None = None) -> nn.Module:
@@ -41,6 +41,7 @@ def student(run: str, teacher: str | None = None) -> nn.Module:
     made = CellNetwork(found.space, found.genotype, found.classes, found.depth, found.width)
     if teacher is not None:
         begin_with(made, load(Path(teacher)))
+    made.__dict__["built_from"] = describe(made)  # not this function: the search's folder is not needed any more
     return made
 
 
