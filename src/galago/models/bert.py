@@ -64,7 +64,7 @@ class Bert(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(1).round().long().clamp(0, 255)
-        seen = (tokens != 0).unflatten(1, (-1, self.patch)).any(2).to(x.dtype)
+        seen = (tokens != 0).view(len(tokens), -1, self.patch).any(2).to(x.dtype)
         embedded = self.together(self.encoder.embeddings.word_embeddings(tokens).transpose(1, 2)).transpose(1, 2)
         features: Tensor = self.encoder(inputs_embeds=embedded, attention_mask=seen).last_hidden_state
         total = (features * seen.unsqueeze(2)).sum(1)
