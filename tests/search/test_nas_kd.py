@@ -269,6 +269,13 @@ def test_data_that_do_not_count_their_images_are_named() -> None:
         NasKd().prepare(network(), data)
 
 
+def test_batches_that_do_not_say_which_images_they_hold_are_named() -> None:
+    started = trial(NasKd())
+    started.batches[0] = started.batches[0]._replace(extra={})
+    with pytest.raises(UserError, match=r"give `extra\['index'\]`"):
+        started.step(0)
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [

@@ -118,6 +118,8 @@ class NasKd(Method):
         return model
 
     def step(self, batch: Batch, inner: Forward) -> Step:
+        if "index" not in batch.extra:
+            raise UserError("NasKd: batches do not say which images they hold; let these data give `extra['index']`")
         network, first = searched(inner.model), self.first_half[batch.extra["index"]]
         tau = self.temperature * (self.last_temperature / self.temperature) ** inner.progress
         if first.any():
