@@ -94,7 +94,8 @@ LAST |= {"NoiseInjection", "ParametricNoise"}  # which add noise in front of the
 VERY_LAST = {"WeightAveraging"}  # which averages weights under the names that they have in the end
 RANKS = {-1: FIRST, 1: LATE, 2: LAST, 3: VERY_LAST}  # in a list of methods; all others have 0
 ALONE = {"CompactStructure"}  # which refuse quantizers beside them: a second run quantizes what they leave
-METHODS = {idea.name: idea.class_path for idea in ideas() if idea.kind == "method"}
+ELSEWHERE = {"NasKd"}  # needs a network of its own to search in: tests/search/test_nas_kd.py
+METHODS = {idea.name: idea.class_path for idea in ideas() if idea.kind == "method" and idea.name not in ELSEWHERE}
 # A growing network: not with those that keep a number for each weight, or run a layer twice. A branched one: by
 # one method only.
 APART = [

@@ -59,6 +59,7 @@ BASES = {
         "residual",
         "scores",
     },
+    "search": {"cell_network", "relaxation", "space", "student", "super_network"},
     "tasks": {"classify"},
 }
 # The promise of every quantizer and of every neuron: what is quantized, and what spikes, can be recognized anywhere. So

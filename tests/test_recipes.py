@@ -58,6 +58,16 @@ def pictures(root: Path, classes: list[str]) -> None:
                 Image.fromarray(draw.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / f"{number}.jpg")
 
 
+def texts(path: Path, classes: int) -> None:
+    path.parent.mkdir(parents=True)
+    lines = [
+        f"text {number} of class {number % classes},{number % classes},{part}"
+        for part in ("train", "validation", "test")
+        for number in range(6 * classes)
+    ]
+    path.write_text("\n".join(["text,label,split", *lines]))
+
+
 def own_data(data: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """Class path and arguments of a recipe's data set, or of the one within it."""
     arguments = data["init_args"]
@@ -78,6 +88,9 @@ def shrunk(content: dict[str, Any], folder: Path) -> dict[str, Any]:
     elif "image_folder" in kind:
         pictures(root, [f"class {number}" for number in range(content["task"]["init_args"]["classes"])])
         data["workers"] = 0  # which are forked; a process full of engines' threads once died of it
+    elif "texts" in kind:
+        root = root / "texts.csv"
+        texts(root, content["task"]["init_args"]["classes"])
     if "digits.Digits" not in kind:
         data["root"] = str(root)
     data.update(batch_size=8, per_class=2 if "digits" in kind else 6)
@@ -111,22 +124,42 @@ def without_teachers(content: Any, folder: Path, normalize: Normalize, classes: 
         run.folder.mkdir(exist_ok=True)
         run.save_model(untrained(content["init_args"]["run"], classes, normalize.mean.numel()), normalize)
         return {"class_path": "galago.run.load", "init_args": {"run": str(run.folder)}}
+    if content.get("class_path") == "galago.search.student.student":
+        content["init_args"]["run"] = searched(content["init_args"]["run"], folder, normalize)
+        if "teacher" in content["init_args"]:
+            named = {"class_path": "galago.run.load", "init_args": {"run": content["init_args"]["teacher"]}}
+            made = without_teachers(named, folder, normalize, classes)
+            content["init_args"]["teacher"] = made["init_args"]["run"]
+        return content
     if content.get("class_path") == "galago.distill.stored.StoredScores":
         content["init_args"]["file"] = str(folder / "scores.npy")
     return {key: without_teachers(value, folder, normalize, classes) for key, value in content.items()}
+
+
+def searched(run: str, folder: Path, normalize: Normalize) -> str:
+    """A finished search, as the run's own recipe has it, that has chosen at random."""
+    found = Run(folder / "search")
+    found.folder.mkdir()
+    model = build(
+        yaml.safe_load((ROOT / run.replace("runs/", "recipes/", 1)).with_suffix(".yaml").read_text())["model"]
+    )
+    found.save_model(model.derived(), normalize)
+    return str(found.folder)
 
 
 def untrained(run: str, classes: int, channels: int) -> nn.Module:
     """A network for these images; one that spikes where the run's own recipe has one."""
     own = (ROOT / run.replace("runs/", "recipes/", 1)).with_suffix(".yaml")
     model = yaml.safe_load(own.read_text())["model"] if own.exists() else {"class_path": ""}
-    if model["class_path"].startswith("galago.models.spiking."):
+    if model["class_path"].startswith(("galago.models.spiking.", "galago.models.bert.")):
         return build(model)
     return resnet20(classes) if channels == 3 else Tiny(classes, channels, width=4)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=NAMES)
 def test_every_recipe_trains_two_steps(path: Path, tmp_path: Path):
+    if "galago.datasets.texts." in path.read_text():
+        pytest.importorskip("transformers", reason="the extra `text` is not installed, which the teacher needs")
     content = shrunk(yaml.safe_load(path.read_text()), tmp_path)
     data = build(content["data"])
     content = without_teachers(content, tmp_path, data.normalize, len(data.classes))

@@ -27,7 +27,8 @@ KINDS = {
     "SGD": "optimizer",
     "AdamW": "optimizer",
 }
-FOLDERS = ("augment", "corrupt", "datasets", "distill", "models", "probes", "prune", "quantize", "regularize", "tasks")
+FOLDERS = ("augment", "corrupt", "datasets", "distill", "models", "probes", "prune", "quantize", "regularize")
+FOLDERS += ("search", "tasks")
 
 
 class Idea(NamedTuple):

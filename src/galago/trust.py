@@ -100,7 +100,7 @@ def trust_run(
     files = Run(run)
     parts = parts_of(files, allow, data_root)
     data = parts.data if images is None else Few(parts.data, images)
-    subjects = list(_subjects(files, against, parts, data, allow))
+    subjects = list(_subjects(files, against, parts, images, allow))
     probes, views, left_out = _views(group(severities, against, parts.probes), data)
     seconds = _seconds(subjects, views, data)
     say(f"{len(views)} sets of images, {', '.join(one.name for one in subjects)}: {_spoken(seconds)}")
@@ -144,9 +144,11 @@ def group(severities: Sequence[int], against: Path | None, own: Sequence[Probe] 
     return list(chosen.values())
 
 
-def _subjects(files: Run, against: Path | None, parts: Parts, data: Data, allow: Sequence[str]) -> Iterator[Subject]:
+def _subjects(
+    files: Run, against: Path | None, parts: Parts, images: int | None, allow: Sequence[str]
+) -> Iterator[Subject]:
     """The network before, the trained model, and its files where they exist."""
-    shown = json.dumps([files.read_recipe().get("data"), sum(len(batch.input) for batch in data.test())])
+    shown = json.dumps([files.read_recipe().get("data"), images])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for name, run in ((BEFORE, against), (MODEL, files.folder)):
         if run is not None:
