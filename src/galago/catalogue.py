@@ -27,8 +27,13 @@ KINDS = {
     "SGD": "optimizer",
     "AdamW": "optimizer",
 }
-FOLDERS = ("augment", "corrupt", "datasets", "distill", "models", "probes", "prune", "quantize", "regularize")
-FOLDERS += ("search", "tasks")
+FOLDERS = ("augment", "corrupt", "datasets", "distill", "models", "probes") + (
+    "prune",
+    "quantize",
+    "regularize",
+    "search",
+    "tasks",
+)
 
 
 class Idea(NamedTuple):
