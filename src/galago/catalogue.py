@@ -27,7 +27,13 @@ KINDS = {
     "SGD": "optimizer",
     "AdamW": "optimizer",
 }
-FOLDERS = ("augment", "corrupt", "datasets", "distill", "models", "probes") + (
+FOLDERS = (
+    "augment",
+    "corrupt",
+    "datasets",
+    "distill",
+    "models",
+    "probes",
     "prune",
     "quantize",
     "regularize",
