@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import inspect
 import statistics
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +27,21 @@ from galago.corrupt.draws import Draws
 from galago.corrupt.published import benchmark, extra
 
 PEER = importlib.util.find_spec("imagecorruptions") is not None
+
+
+def mend_peer() -> None:
+    """Gives imagecorruptions 1.1.2 what newer versions of NumPy and scikit-image have renamed."""
+    import numpy as np
+    from imagecorruptions import corruptions as peer
+
+    vars(np).setdefault("float_", np.float64)
+    gaussian = peer.gaussian
+
+    def renamed(image: Any, *given: Any, multichannel: bool = False, **others: Any) -> Any:
+        return gaussian(image, *given, channel_axis=-1 if multichannel else None, **others)
+
+    if "multichannel" not in inspect.signature(gaussian).parameters:
+        peer.gaussian = renamed
 
 
 class Rates(NamedTuple):
@@ -95,6 +111,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if PEER:
+        mend_peer()
     peer = "imagecorruptions" if PEER else "one at a time"
     print(f"| type | size | Galago, images/s | {peer}, images/s | ratio |\n|---|--:|--:|--:|--:|")
     for size in arguments.sizes:
