@@ -16,6 +16,8 @@ import yaml
 
 from conftest import ROOT
 from galago import cli
+from galago.datasets.digits import Digits
+from galago.models.tiny import Tiny
 from galago.run import Run, load
 
 RECIPE = {
@@ -145,3 +147,11 @@ def test_a_damaged_file_fails_verification_with_exit_code_1(journey: Path):
     assert not outcome["passed"]
     assert outcome["onnxruntime"]["first_diverging"].startswith("block")
     assert not outcome["openvino"]["passed"]
+
+
+def test_a_run_of_another_task_is_not_compared_with(journey: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    other = Run(tmp_path / "other")
+    other.begin({**RECIPE, "epochs": 0, "methods": []}, seed=0)
+    other.save_model(Tiny(classes=3), Digits().normalize)
+    assert cli.main(["trust", "--run", str(journey / "whole"), "--against", str(other.folder)]) == 2
+    assert "cannot be compared on these images: it tells 3 classes apart, data has 10" in capsys.readouterr().err

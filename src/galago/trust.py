@@ -36,6 +36,7 @@ from galago.recipe import Parts, parts_of
 from galago.run import Run, load, normalization_of, read_json, write_json
 from galago.spec import describe
 from galago.task import Task
+from galago.train import check_fit
 from galago.verdicts import BEFORE, MODEL, told
 from galago.views import StoredViews, fingerprint
 
@@ -153,6 +154,7 @@ def _subjects(
     for name, run in ((BEFORE, against), (MODEL, files.folder)):
         if run is not None:
             network = load(run, allow)
+            _require_fit(network, run, parts)
             deployed = Deployed(network, normalization_of(network), parts.task).to(device)
             paths = [Run(run).weights, Run(run).architecture]
             yield Subject(name, deployed, StoredViews(files.folder / "trust" / name, fingerprint(paths, shown)))
@@ -161,6 +163,15 @@ def _subjects(
             paths = [path, path.with_suffix(".bin")] if name == "openvino" else [path]
             stored = StoredViews(files.folder / "trust" / name, fingerprint(paths, shown))
             yield Subject(name, runtime.load(path), stored)
+
+
+def _require_fit(network: nn.Module, run: Path, parts: Parts) -> None:
+    """Checks that a run's network takes these images and tells these classes apart."""
+    try:
+        check_fit(network, parts.task, parts.data)
+    except UserError as error:
+        reason = str(error).removeprefix("model: ").partition(";")[0]
+        raise UserError(f"{run} cannot be compared on these images: {reason}") from error
 
 
 def _views(probes: Sequence[Probe], data: Data) -> tuple[list[Probe], dict[str, Loader], list[str]]:
