@@ -186,6 +186,7 @@ def test_fewer_test_images_are_spread_over_the_set_and_the_rest_stays():
     data = Stripes(images=48, batch_size=16)
     few = Few(data, 6)
     assert [len(batch.input) for batch in few.test()] == [2, 2, 2]
+    assert len(list(Few(data, 40).test())) == 3, "all of them: it is nearly as many"
     assert len(few.validation()) == 3
     few.seed = 5
     assert torch.equal(few.train(1)[0].input, data.train(1)[0].input)

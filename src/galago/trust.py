@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from galago.batch import Batch
 from galago.console import say, watched
 from galago.corrupt.robustness import CorruptionRobustness
 from galago.data import Data, Loader, Wrapped
@@ -64,8 +63,10 @@ class Few(Wrapped):
         super().__init__(data)
         self.few = few
 
-    def test(self) -> list[Batch]:
-        return spread(self.data.test(), self.few)
+    def test(self) -> Loader:
+        """All where there are hardly more: how many the last batch holds is not known before it is loaded."""
+        loader = self.data.test()
+        return loader if self.few > (len(loader) - 1) * self.batch_size else spread(loader, self.few)
 
 
 def trust_run(
@@ -117,7 +118,7 @@ def trust_run(
         "severities": list(severities),
         "rounds": rounds,
         **told(found),
-        "remarks": [*left_out, *_remarks(data)],
+        "remarks": [*left_out, *_remarks(parts.data)],
     }
     write_json(files.folder / "trust.json", written)
     return written
