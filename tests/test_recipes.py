@@ -87,12 +87,13 @@ def shrunk(content: dict[str, Any], folder: Path) -> dict[str, Any]:
         digits(root)
     elif "image_folder" in kind:
         pictures(root, [f"class {number}" for number in range(content["task"]["init_args"]["classes"])])
-        data["workers"] = 0  # which are forked; a process full of engines' threads once died of it
     elif "texts" in kind:
         root = root / "texts.csv"
         texts(root, content["task"]["init_args"]["classes"])
     if "digits.Digits" not in kind:
         data["root"] = str(root)
+    if "workers" in data:
+        data["workers"] = 0  # which are forked; a process full of engines' threads died of it
     data.update(batch_size=8, per_class=2 if "digits" in kind else 6)
     arguments = content["model"].get("init_args", {})
     arguments.pop("weights", None)

@@ -55,7 +55,7 @@ def variance(scores: Tensor) -> Tensor:
 def aleatoric(scores: Tensor) -> Tensor:
     """Ē, in nats: N numbers of scores n×N×K.
 
-    >>> aleatoric(torch.tensor([[[0.0, -99.0]], [[-99.0, 0.0]]]))
+    >>> aleatoric(torch.tensor([[[0.0, -999.0]], [[-999.0, 0.0]]]))
     tensor([0.])
     """
     found: Tensor = torch.special.entr(scores.softmax(2)).sum(2).mean(0)
