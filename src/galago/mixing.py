@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.distributions import Beta
 
 from galago.errors import UserError
-from galago.task import require_probabilities as require_probabilities
 
 
 def draw_kept(alpha: float, count: int) -> Tensor:

@@ -257,8 +257,8 @@ def channel_factors(norm: nn.Module) -> Tensor:
     >>> channel_factors(nn.BatchNorm2d(2, eps=0.0))
     tensor([1., 1.])
     """
-    assert isinstance(norm.running_var, Tensor)
-    factor = (norm.running_var + norm.eps).rsqrt()  # type: ignore[operator]
+    assert isinstance(norm.eps, float)
+    factor = (norm.get_buffer("running_var") + norm.eps).rsqrt()
     return factor if norm.weight is None else norm.get_parameter("weight").detach().abs() * factor
 
 

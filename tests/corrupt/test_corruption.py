@@ -22,13 +22,18 @@ def images(*shape: int) -> Tensor:
     return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0)).byte()
 
 
-@every_type
-@pytest.mark.parametrize("shape", [(2, 3, 8, 8), (2, 3, 28, 40), (2, 1, 28, 28)])
+@pytest.mark.parametrize(
+    ("corruption", "shape"),
+    [
+        pytest.param(corruption, shape, id=f"{corruption.name}-{'x'.join(map(str, shape))}")
+        for corruption in TYPES
+        for shape in [(2, 3, 8, 8), (2, 3, 28, 40), (2, 1, 28, 28)]
+        if shape[1] == 3 or not corruption.needs_color
+    ],
+)
 def test_shape_and_type_stay(corruption: Corruption, shape: tuple[int, ...]) -> None:
     given = images(*shape)
     before = given.clone()
-    if corruption.needs_color and shape[1] == 1:
-        pytest.skip("changes nothing but color")
     for severity in (1, 5):
         found = corruption(given, severity, [0, 1])
         assert found.shape == given.shape

@@ -36,8 +36,9 @@ from torch import Tensor
 from galago.augment.rectangles import around, filled
 from galago.batch import Batch, Step
 from galago.method import Forward, Method
-from galago.mixing import draw_kept, draw_partners, mix_targets, require_probabilities, require_shares
+from galago.mixing import draw_kept, draw_partners, mix_targets, require_shares
 from galago.schedule import Constant, Schedule
+from galago.task import require_probabilities
 
 
 def boxes(height: int, width: int, kept: Tensor, center_y: Tensor, center_x: Tensor) -> Tensor:

@@ -38,11 +38,11 @@ from galago.mixing import (
     draw_kept,
     draw_partners,
     mix_targets,
-    require_probabilities,
     require_shares,
 )
 from galago.stages import shapes_at
 from galago.taps import Changes
+from galago.task import require_probabilities
 
 
 class Mixture(NamedTuple):

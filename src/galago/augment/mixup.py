@@ -26,7 +26,8 @@ import torch
 
 from galago.batch import Batch, Step
 from galago.method import Forward, Method
-from galago.mixing import average, draw_kept, draw_partners, mix_targets, require_probabilities, require_shares
+from galago.mixing import average, draw_kept, draw_partners, mix_targets, require_shares
+from galago.task import require_probabilities
 
 
 class Mixup(Method):

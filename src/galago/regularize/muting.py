@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from galago.batch import Batch
 from galago.errors import UserError
 from galago.layers import classifier, find, removing, tap
 from galago.probe import evaluating
@@ -82,18 +81,6 @@ def lost_probability(feature: Tensor, mask: Tensor, target: Tensor, head: Head) 
     """`p_y(h(F)) - p_y(h(F M))` of each image, B."""
     before, after = ((head(one).softmax(1) * target).sum(1) for one in (feature, feature * mask))
     return before - after
-
-
-def require_probabilities(batch: Batch, whose: str) -> Tensor:
-    """The batch's target, where it says how likely each class is.
-
-    Raises:
-        UserError: it is something else.
-    """
-    target = batch.target
-    if not isinstance(target, Tensor) or target.ndim != 2 or not target.is_floating_point():
-        raise UserError(f"{whose} needs class probabilities N×K as targets; leave it out for this task")
-    return target
 
 
 def challenge(feature: Tensor, target: Tensor, head: Head, places: bool, share: float, batch_share: float) -> Tensor:

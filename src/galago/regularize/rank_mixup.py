@@ -52,9 +52,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from galago.batch import Batch, Step
 from galago.errors import UserError
 from galago.method import Forward, Method
-from galago.mixing import draw_kept, draw_partners, require_probabilities, require_shares
+from galago.mixing import draw_kept, draw_partners, require_shares
 from galago.taps import unnoticed
-from galago.task import scores_of
+from galago.task import require_probabilities, scores_of
 
 
 def margin_ranking(scores: Tensor, mixed: Tensor, same: Tensor, margin: float) -> Tensor:

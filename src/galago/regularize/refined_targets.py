@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from galago.batch import Batch
 from galago.data import Data
 from galago.errors import UserError
+from galago.task import require_probabilities
 
 
 def refined(before: Tensor, predicted: Tensor, share: float) -> Tensor:
@@ -67,8 +68,7 @@ class RefinedTargets(nn.Module):
         """
         if "index" not in batch.extra:
             raise UserError(f"{self.owner}: these data do not number their images; have them give `extra['index']`")
-        if not isinstance(batch.target, Tensor) or batch.target.ndim != 2 or not batch.target.is_floating_point():
-            raise UserError(f"{self.owner} needs class probabilities N×K as targets; leave it out for this task")
+        require_probabilities(batch, self.owner)
         return batch.extra["index"]
 
     def looked_up(self, batch: Batch) -> Batch:

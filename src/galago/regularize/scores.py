@@ -6,7 +6,7 @@ from torch import Tensor
 
 from galago.batch import Step
 from galago.errors import UserError
-from galago.task import scores_of
+from galago.task import require_probabilities, scores_of
 
 
 def scores_and_targets(step: Step, method: str) -> tuple[Tensor, Tensor]:
@@ -19,9 +19,7 @@ def scores_and_targets(step: Step, method: str) -> tuple[Tensor, Tensor]:
     Raises:
         UserError: targets are no class probabilities, or there is not one output a class.
     """
-    target, scores = step.batch.target, scores_of(step.output)
-    if not isinstance(target, Tensor) or target.ndim != 2 or not target.is_floating_point():
-        raise UserError(f"{method} needs class probabilities N×K as targets; leave it out for this task")
+    target, scores = require_probabilities(step.batch, method), scores_of(step.output)
     if scores.shape != target.shape:
         raise UserError(
             f"{method} needs one output a class, but the model has {scores.shape[-1]} outputs for {target.shape[1]}"

@@ -47,7 +47,6 @@ from galago.regularize.muting import (
     challenge,
     looking_ahead,
     near,
-    require_probabilities,
     takes_rows,
     uncompiled,
     unhook,
@@ -55,7 +54,7 @@ from galago.regularize.muting import (
 )
 from galago.schedule import Constant, Schedule
 from galago.taps import Taps
-from galago.task import scores_of
+from galago.task import require_probabilities, scores_of
 
 
 class SelfChallenging(Method):

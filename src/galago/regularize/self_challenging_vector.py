@@ -36,12 +36,11 @@ from galago.regularize.muting import (
     class_gradient,
     looking_ahead,
     lost_probability,
-    require_probabilities,
     uncompiled,
     unhook,
 )
 from galago.taps import Taps
-from galago.task import scores_of
+from galago.task import require_probabilities, scores_of
 
 
 def without_top(gradient: Tensor, share: float) -> Tensor:
