@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,22 +89,26 @@ def pixelate(images: Tensor, c: float) -> Tensor:
     small = (images.float() @ across.T + 0.5).floor()
     small = (down @ small + 0.5).floor().to(torch.uint8)
     row, column = (((torch.arange(side) + 0.5) * fewer / side).long() for side, fewer in zip(size, few, strict=True))
-    return small.index_select(2, row).index_select(3, column)
+    return small.index_select(3, column).index_select(2, row)
 
 
 def jpeg(images: Tensor, quality: int) -> Tensor:
     """Encoded as JPEG and decoded, by as many threads as PyTorch uses. N×C×H×W, uint8."""
-    parts = torch.chunk(images, torch.get_num_threads())
-    with ThreadPoolExecutor(len(parts)) as pool:
-        return torch.cat(list(pool.map(lambda part: torch.stack([_recoded(image, quality) for image in part]), parts)))
+    work = [(image.numpy(), quality) for image in images]
+    threads = min(torch.get_num_threads(), len(work))
+    if threads == 1:  # waiting for another thread costs more than a small image
+        decoded = [_recoded(*one) for one in work]
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            decoded = list(pool.map(lambda one: _recoded(*one), work))
+    return torch.from_numpy(np.stack(decoded)).view(len(images), *images.shape[2:], -1).permute(0, 3, 1, 2)
 
 
-def _recoded(image: Tensor, quality: int) -> Tensor:
-    file, gray = BytesIO(), len(image) == 1
-    pixels = image[0] if gray else image.permute(1, 2, 0).contiguous()
-    Image.fromarray(pixels.numpy()).save(file, "JPEG", quality=quality)
-    decoded = torch.from_numpy(np.array(Image.open(file)))
-    return decoded[None] if gray else decoded.permute(2, 0, 1)
+def _recoded(image: Any, quality: int) -> Any:
+    planes, file = [Image.fromarray(plane) for plane in image], BytesIO()
+    merged = planes[0] if len(planes) == 1 else Image.merge("RGB", planes)
+    merged.save(file, "JPEG", quality=quality)
+    return np.asarray(Image.open(file))
 
 
 def affine(image: Tensor, offset: Tensor) -> Tensor:
