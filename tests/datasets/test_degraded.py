@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from galago.datasets.degraded import Imbalanced, NoisyLabels, kept_of_classes, noisy_labels
+from galago.datasets.degraded import Degraded, GivenLabels, Imbalanced, NoisyLabels, kept_of_classes, noisy_labels
 from galago.datasets.digits import Digits
 from galago.errors import UserError
 from galago.spec import build, describe
 
 
-def labels_of(data: Digits | NoisyLabels | Imbalanced, epoch: int = 0) -> dict[int, int]:
+def labels_of(data: Digits | Degraded, epoch: int = 0) -> dict[int, int]:
     """Every training image's label by its index."""
     found: dict[int, int] = {}
     for batch in data.train(epoch):
@@ -100,6 +102,39 @@ def test_it_can_be_written_down() -> None:
     again = build(describe(NoisyLabels(Digits(batch_size=16), 0.25, damage_seed=2)))
     assert isinstance(again, NoisyLabels)
     assert (again.rate, again.damage_seed, again.batch_size) == (0.25, 2, 16)
+
+
+def test_labels_of_a_file_are_learned_from_and_others_measured_on(tmp_path: Path) -> None:
+    plain = Digits(batch_size=50)
+    count = len(plain.training.source.labels)
+    given = (np.arange(count) % 10).astype(np.uint8)
+    np.savez(tmp_path / "labels.npz", right=plain.training.source.labels, other=given)
+    data = GivenLabels(Digits(batch_size=50), str(tmp_path / "labels.npz"), key="other")
+    assert all(label == given[index] for index, label in labels_of(data).items())
+    assert torch.equal(next(iter(data.validation())).target, next(iter(plain.validation())).target)
+    again = build(describe(data))
+    assert labels_of(again) == labels_of(data)
+    twice = NoisyLabels(GivenLabels(Digits(), str(tmp_path / "labels.npz"), key="other"), rate=0.0)
+    assert all(label == given[index] for index, label in labels_of(twice).items())
+
+
+def test_labels_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    count = len(Digits().training.source.labels)
+    files = {
+        "short.npy": (np.zeros(7, dtype=int), r"short.npy holds 7 labels; this data set has \d+ images"),
+        "high.npy": (np.full(count, 10), r"high.npy holds 10 to 10; classes are 0 to 9"),
+        "shares.npy": (np.zeros((count, 10)), r"shares.npy holds float64 of shape .*; give one whole number an image"),
+        "pickled.npy": (np.array([{}], dtype=object), r"pickled.npy is no NumPy file of numbers"),
+    }
+    for name, (content, message) in files.items():
+        np.save(tmp_path / name, content, allow_pickle=True)
+        with pytest.raises(UserError, match=message):
+            GivenLabels(Digits(), str(tmp_path / name))
+    np.savez(tmp_path / "two.npz", one=np.zeros(count), two=np.zeros(count))
+    with pytest.raises(UserError, match=r"key is three; .*two.npz holds one, two"):
+        GivenLabels(Digits(), str(tmp_path / "two.npz"), key="three")
+    with pytest.raises(UserError, match=r"there is no file .*none.npy"):
+        GivenLabels(Digits(), str(tmp_path / "none.npy"))
 
 
 def test_impossible_damage_is_refused() -> None:

@@ -5,14 +5,17 @@ arXiv:2007.01922, tests distillation so.
 
 *Label noise* at rate r: with probability r an image's label is drawn anew, uniformly over the K classes, so that a
 share of r (1 - 1/K) is wrong. *Imbalance* by the factor f: of class c, in a shuffled order, n f^(-c/(K-1)) images are
-kept, where n is the size of the smallest class: the largest class keeps f times as many as the smallest.
+kept, where n is the size of the smallest class: the largest class keeps f times as many as the smallest. *Given labels*
+are read from a file: those of CIFAR-10N, say, where people were wrong as people are (Jiaheng Wei and others, "Learning
+with Noisy Labels Revisited: A Study Using Real-World Human Annotations", ICLR 2022, arXiv:2110.12088).
 
 What is damaged is the same for the same seed, whatever the run's own seed, and in training images only: validation on
 images that were set aside and the test stay as they are. A teacher for a study learns on the same damage: give its
 recipe the same `data`. From the noisy labels a per-image method (one that goes by `extra["index"]`) sees nothing else.
 
 When: to compare methods, or to practice for data that one knows to be so.
-Recipes: recipes/distill/noise_kd_resnet20_cifar10.yaml, recipes/distill/imbalance_kd_resnet20_cifar10.yaml. The study's
+Recipes: recipes/distill/noise_kd_resnet20_cifar10.yaml, recipes/distill/imbalance_kd_resnet20_cifar10.yaml,
+recipes/regularize/slr_human_resnet20_cifar10.yaml. The study's
 own grid is not known; usual, and chosen here, are rates of 0.2, 0.4 and 0.6 and factors of 10, 50 and 100 (with the
 exponential profile).
 """
@@ -21,7 +24,9 @@ from __future__ import annotations
 
 import copy
 from abc import ABC
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -120,6 +125,62 @@ class NoisyLabels(Degraded):
         self.rate = rate
         source, positions = self.damaged.training
         labels = noisy_labels(source.labels, len(data.classes), rate, damage_seed)
+        self.damaged.training = Split(Relabeled(source, labels), positions)
+
+
+def read_labels(file: Path, key: str | None) -> Tensor:
+    """Whole numbers of a NumPy file. N, int64.
+
+    Args:
+        file: `.npy`, or `.npz` with one array or with one of this name.
+        key: the array's name in `.npz`.
+
+    Raises:
+        UserError: the file or the array is not there, or holds something else.
+    """
+    try:
+        content = np.load(file, allow_pickle=False)
+        if isinstance(content, np.lib.npyio.NpzFile):
+            with content:
+                names = content.files
+                name = names[0] if key is None and len(names) == 1 else key
+                if name not in names:
+                    raise UserError(f"GivenLabels: key is {key}; {file} holds {', '.join(names)}")
+                content = content[name]
+    except FileNotFoundError as error:
+        raise UserError(f"GivenLabels: there is no file {file}") from error
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"GivenLabels: {file} is no NumPy file of numbers: {error}") from error
+    if content.ndim != 1 or content.dtype.kind not in "iu":
+        raise UserError(
+            f"GivenLabels: {file} holds {content.dtype} of shape {content.shape}; give one whole number an image"
+        )
+    return torch.from_numpy(content.astype(np.int64))
+
+
+class GivenLabels(Degraded):
+    """Training labels come from a file, such as those that people gave.
+
+    Args:
+        data: images with one class each, or such a set that is damaged already.
+        file: `.npy` or `.npz`, a class for each training image, in the order of the data set (an image's `index`).
+        key: which array of `.npz`, where it holds several.
+    """
+
+    def __init__(self, data: ImageData | Degraded, file: str, key: str | None = None) -> None:
+        super().__init__(data)
+        self.file, self.key = file, key
+        source, positions = self.damaged.training
+        labels, classes = read_labels(Path(file), key), len(data.classes)
+        if len(labels) != len(source.labels):
+            raise UserError(
+                f"GivenLabels: {file} holds {len(labels)} labels; this data set has {len(source.labels)} images for"
+                " training"
+            )
+        if not bool(((labels >= 0) & (labels < classes)).all()):
+            raise UserError(
+                f"GivenLabels: {file} holds {int(labels.min())} to {int(labels.max())}; classes are 0 to {classes - 1}"
+            )
         self.damaged.training = Split(Relabeled(source, labels), positions)
 
 
