@@ -257,7 +257,8 @@ def _log_step(run: Run, fabric: Fabric, position: Position, numbers: dict[str, f
     if not np.isfinite(numbers["loss"]):
         raise UserError(
             f"the loss is {numbers['loss']} in epoch {position.epoch + 1}, step {position.step}"
-            f" ({', '.join(f'{k} {v:.3g}' for k, v in numbers.items())}); lower optimizer.init_args.lr or set clip"
+            f" ({', '.join(f'{k} {v:.3g}' for k, v in numbers.items())}); lower optimizer.init_args.lr or set clip,"
+            " and where it is compiled try compile: false"
         )
     if fabric.is_global_zero:
         run.append({"kind": "step", "epoch": position.epoch, "step": position.step, **numbers})

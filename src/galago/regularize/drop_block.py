@@ -76,7 +76,8 @@ def dropped(y: Tensor, size: int, dropping: Tensor | float) -> Tensor:
     shape = (*y.shape[:2], height - size + 1, width - size + 1)
     rate = corner_rate(height, width, size, 0.0) * dropping
     mask = blocks((torch.rand(shape, device=y.device) < rate).float(), size)
-    return y * (mask * (mask.numel() / mask.sum().clamp_min(1.0))).to(y.dtype)
+    # in float32: with a bfloat16 mask in another memory format than y, PyTorch 2.15's compiled gradients were NaN
+    return (y * (mask * (mask.numel() / mask.sum().clamp_min(1.0)))).to(y.dtype)
 
 
 class DropBlock(Method):
