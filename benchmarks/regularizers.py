@@ -2,6 +2,9 @@
 
     python benchmarks/regularizers.py                            # all that is not done yet, then the table
     python benchmarks/regularizers.py --only baseline cutmix rsc --seeds 0 1 2
+    python benchmarks/regularizers.py --noise 0.4                # with 40 % of the labels drawn anew
+    python benchmarks/regularizers.py --human cifar10n.npz       # with CIFAR-10N's worst labels, 40 % of them wrong
+    python benchmarks/regularizers.py --tuned resnet20-12fca82f.th --epochs 2   # from published weights, at a low rate
     python benchmarks/regularizers.py --table                    # only the table of what is done
 
 ResNet-20 from random weights on CIFAR-10. Each method is its recipe of `recipes/regularize/`, shortened: `--epochs`
@@ -19,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from distillers import galago, held_out
+from distillers import damaged, galago, held_out
 from quantizers import claimed, read, spread
 from rich.console import Console
 from rich.table import Table
@@ -28,6 +31,7 @@ RECIPES = Path(__file__).parents[1] / "recipes" / "regularize"
 END = "_resnet20_cifar10"
 METHODS = sorted(path.stem.removesuffix(END) for path in RECIPES.glob(f"*{END}.yaml"))
 SHARED = Path("../shared/data")
+TUNED_RATE = 0.01
 Recipe = dict[str, Any]
 
 
@@ -48,7 +52,24 @@ def recipe(name: str, seed: int, chosen: argparse.Namespace) -> Recipe:
     made: Recipe = yaml.safe_load((RECIPES / f"{name}{END}.yaml").read_text())
     made |= {"run": str(folder(name, seed, chosen)), "seed": seed, "epochs": chosen.epochs, "probes": []}
     innermost(made["data"]).update({"root": chosen.data, "hold_out": 5000, "per_class": chosen.per_class})
+    made["data"] = asked_for(made["data"], chosen)
+    for method in made.get("methods", []):
+        if method["class_path"].endswith(".LabelRefinery"):  # whose sub-trainings are half as long
+            method["init_args"]["epochs"] = max(1, chosen.epochs // 2)
+    if chosen.tuned:
+        made["model"]["init_args"] = {"weights": chosen.tuned}
+        made["optimizer"]["init_args"]["lr"] = TUNED_RATE
     return made
+
+
+def asked_for(data: Recipe, chosen: argparse.Namespace) -> Recipe:
+    """The data set with the labels and sizes of classes that were asked for, in place of those of the recipe."""
+    if data["class_path"].startswith("galago.datasets.degraded."):
+        data = data["init_args"]["data"]
+    if chosen.human:
+        named = {"file": chosen.human, "key": "worse_label", "data": data}
+        data = {"class_path": "galago.datasets.degraded.GivenLabels", "init_args": named}
+    return damaged(data, chosen)
 
 
 def innermost(data: Recipe) -> Recipe:
@@ -59,7 +80,12 @@ def innermost(data: Recipe) -> Recipe:
 
 def folder(name: str, seed: int, chosen: argparse.Namespace) -> Path:
     """Where a run lies."""
-    return Path(chosen.runs) / f"{chosen.epochs}_epochs_{chosen.per_class}" / f"{name}_seed{seed}"
+    kind = f"{chosen.epochs}_epochs_{chosen.per_class}"
+    kind += "_human" if chosen.human else ""
+    kind += f"_noise{chosen.noise:g}" if chosen.noise else ""
+    kind += f"_imbalance{chosen.imbalance:g}" if chosen.imbalance else ""
+    kind += "_tuned" if chosen.tuned else ""
+    return Path(chosen.runs) / kind / f"{name}_seed{seed}"
 
 
 def train(name: str, seed: int, chosen: argparse.Namespace) -> None:
@@ -121,6 +147,10 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--per-class", type=int, default=2000, help="training images of each class")
+    parser.add_argument("--noise", type=float, default=0.0, help="share of training labels that are drawn anew")
+    parser.add_argument("--imbalance", type=float, default=0.0, help="the largest class over the smallest")
+    parser.add_argument("--human", help="file of labels that people gave, with `worse_label`")
+    parser.add_argument("--tuned", help="file of weights to begin with")
     parser.add_argument("--data", default="data", help="folder with CIFAR-10's binary files")
     parser.add_argument("--shared", default=str(SHARED), help="folder with mnist")
     parser.add_argument("--cells", default="data/cells", help="folder of recipes/bccd/crop_cells.py")
