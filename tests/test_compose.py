@@ -6,9 +6,10 @@ import os
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
-from itertools import permutations
+from itertools import cycle, permutations, product
 from pathlib import Path
 from tempfile import mkdtemp
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from galago.distill.mutual import MutualLearning
 from galago.distill.native_ensemble import NativeEnsemble
 from galago.distill.planting import Planting
 from galago.errors import UserError
+from galago.laws.method import goes_on
 from galago.laws.trial import TinyImages, Trial, classify, clone, exported, tiny_network
 from galago.layers import find
 from galago.method import Method
@@ -142,10 +144,21 @@ def sample() -> list[tuple[str, str]]:
     return [*(pair for pair in zip(names, names[1:] + names[:1], strict=True) if {*pair} not in APART), *apart]
 
 
-def trial(*names: str) -> Trial:
+def triples() -> list[tuple[str, str, str]]:
+    """Each regularizer with an augmentation, quantized or in float; with all of both, both ways, if asked for."""
+    augmentations, regularizers = (
+        sorted(name for name, path in METHODS.items() if path.startswith(f"galago.{folder}."))
+        for folder in ("augment", "regularize")
+    )
+    if os.environ.get("GALAGO_ALL_PAIRS"):
+        return list(product(augmentations, regularizers, ("Quantize", "float")))
+    return list(zip(cycle(augmentations), regularizers, cycle(["Quantize", "float"]), strict=False))
+
+
+def trial(*names: str, saved: dict[str, Any] | None = None) -> Trial:
     wanted = dict.fromkeys(name for one in names for name in (BEFORE.get(one), one) if name is not None)
     ordered = sorted(wanted, key=lambda name: next((rank for rank, those in RANKS.items() if name in those), 0))
-    return Trial(tiny_network, classify(), TinyImages(), lambda: [make(name) for name in ordered])
+    return Trial(tiny_network, classify(), TinyImages(), lambda: [make(name) for name in ordered], saved)
 
 
 @pytest.mark.parametrize(("outer", "inner"), sample())
@@ -161,6 +174,14 @@ def test_a_pair_of_methods_trains_one_step_and_finishes(outer: str, inner: str) 
     scores = exported(finish(started.learner), started.image())
     assert scores.shape == (2, 3)
     assert scores.isfinite().all()
+
+
+@pytest.mark.parametrize(("augmentation", "regularizer", "precision"), triples())
+def test_an_augmentation_with_a_regularizer_quantized_or_not_resumes(
+    augmentation: str, regularizer: str, precision: str
+) -> None:
+    names = [name for name in (augmentation, regularizer, precision) if name != "float"]
+    goes_on(lambda saved=None: trial(*names, saved=saved))
 
 
 def test_every_method_is_in_the_sample() -> None:

@@ -49,7 +49,7 @@ def check_method(
         start = partial(Trial, make_model, make_task(), make_data(), lambda: [make_method()])
         _leaves_alone(start())
         _trains(start())
-        _resumes(start)
+        goes_on(start)
         _finishes(start(), same_answer)
         _rests_at_weight_zero(make_method, partial(Trial, make_model, make_task(), make_data()))
         torch.manual_seed(0)
@@ -88,7 +88,15 @@ def _trains(trial: Trial) -> None:
     require(not idle, f"every parameter a method owns gets a gradient or is frozen, but {', '.join(idle)} got none")
 
 
-def _resumes(start: Callable[..., Trial]) -> None:
+def goes_on(start: Callable[..., Trial]) -> None:
+    """Saved after a step and resumed, training goes on bit for bit.
+
+    Args:
+        start: begins it; with `saved` from there.
+
+    Raises:
+        AssertionError: it does not.
+    """
     straight = start()
     straight.step(0)
     saved = straight.save()
