@@ -90,11 +90,12 @@ BEFORE = {
 FIRST = {"Equalize", "Smooth"}  # which change the float network
 FIRST |= {"SelfChallenging"}  # which looks for its layer in a network without branches
 LATE = {"ShakeDrop", "StochasticDepth"}  # which stand inside the quantizers that they find
-FIRST |= {"MLTP", "OnlineLabelRefinery"}  # which give parts of a batch to the rest of the list
+FOREMOST = {"MLTP", "OnlineLabelRefinery"}  # which give parts of a batch to the rest of the list
+SECOND = {"AugMix"}  # which makes three of every image
 LAST = {"FreezeOscillations", "Planting", "SignFlips"}  # which have to know all layers
 LAST |= {"NoiseInjection", "ParametricNoise"}  # which add noise in front of the quantizers that they find
 VERY_LAST = {"WeightAveraging"}  # which averages weights under the names that they have in the end
-RANKS = {-1: FIRST, 1: LATE, 2: LAST, 3: VERY_LAST}  # in a list of methods; all others have 0
+RANKS = {-3: FOREMOST, -2: SECOND, -1: FIRST, 1: LATE, 2: LAST, 3: VERY_LAST}  # in a list of methods; all others have 0
 ALONE = {"CompactStructure"}  # which refuse quantizers beside them: a second run quantizes what they leave
 ELSEWHERE = {"NasKd"}  # needs a network of its own to search in: tests/search/test_nas_kd.py
 METHODS = {idea.name: idea.class_path for idea in ideas() if idea.kind == "method" and idea.name not in ELSEWHERE}

@@ -11,6 +11,7 @@ from torch.nn.functional import kl_div
 
 from galago.augment.aug_mix import AugMix, chain, divergence, drawn_operations, mixed_view
 from galago.augment.cutmix import CutMix
+from galago.batch import Batch, Step
 from galago.distill.attention import Attention
 from galago.distill.distill import Distill
 from galago.errors import UserError
@@ -192,6 +193,20 @@ class Multispectral(TinyImages):
 def test_images_of_other_than_1_or_3_channels_are_refused_before_training() -> None:
     with pytest.raises(UserError, match="images of 5×8×8; its operations need 1 or 3 channels"):
         AugMix().prepare(nn.Identity(), Multispectral())
+
+
+class Half(Method):
+    """Shows the rest of the list half of the batch, as methods do that set a part aside."""
+
+    def step(self, batch: Batch, inner: Forward) -> Step:
+        return inner(Batch(batch.input[::2], batch.target[::2], {}))
+
+
+def test_a_method_behind_it_that_sets_images_aside_is_named_before_anything_is_compared() -> None:
+    trial = Trial(tiny_network, classify(), TinyImages(), lambda: [AugMix(), Half()])
+    with pytest.raises(UserError, match="a method behind it changes how many images there are; list it in front"):
+        trial.step(0)
+    Trial(tiny_network, classify(), TinyImages(), lambda: [Half(), AugMix()]).step(0)
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,15 @@ def test_intervals_start_from_the_first_batch_in_a_side_trip_without_a_trace():
     assert all(p.grad is None for p in started.learner.parameters())
 
 
+def test_what_ran_before_intervals_start_is_differentiated_all_the_same():
+    quantizer = AdaptiveInterval(4, alpha=0.3).train()
+    y = torch.randn(4, 8, requires_grad=True)
+    early = quantizer(y)  # by a method in front that runs the network first
+    quantizer.start(torch.randn(4, 8))
+    (early + quantizer(y)).sum().backward()
+    assert y.grad.isfinite().all()
+
+
 def test_intervals_move_by_a_thousandth_a_step_and_the_optimizer_does_not_see_the_report():
     one = trial(quantize, adaptive)
     one.step(0)

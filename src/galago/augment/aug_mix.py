@@ -156,6 +156,8 @@ class AugMix(Method):
             return inner(batch)
         said = scores_of(inner.model(self.views(batch.input)))  # first: whoever looks into the network sees the image
         step = inner(batch)
+        if len(said) != VIEWS * len(scores_of(step.output)):
+            raise UserError("AugMix: a method behind it changes how many images there are; list it in front")
         scores = torch.cat([scores_of(step.output), said]).view(1 + VIEWS, -1, said.shape[1])
         return step.add(aug_mix=self.weight * divergence(scores.float()))
 

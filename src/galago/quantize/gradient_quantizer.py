@@ -99,7 +99,7 @@ def quantized_gradient(gradient: Tensor, gamma: Tensor, bits: int) -> tuple[Tens
 class _QuantizedGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, gamma: Tensor, report: Tensor, bits: int, target: float) -> Tensor:
-        ctx.save_for_backward(gamma)
+        ctx.save_for_backward(gamma.clone())  # it may be started between this pass and the backward one
         ctx.bits, ctx.target, ctx.exact = bits, target, False
         return y.clone()  # not a view, which what follows could not change in place
 
