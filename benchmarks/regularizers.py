@@ -53,6 +53,10 @@ def recipe(name: str, seed: int, chosen: argparse.Namespace) -> Recipe:
     made |= {"run": str(folder(name, seed, chosen)), "seed": seed, "epochs": chosen.epochs, "probes": []}
     innermost(made["data"]).update({"root": chosen.data, "hold_out": 5000, "per_class": chosen.per_class})
     made["data"] = asked_for(made["data"], chosen)
+    if "Growing" in made["data"]["class_path"]:
+        stages = [chosen.epochs // 4] * 3 + [chosen.epochs // 2]
+        made["epochs"] = sum(stages)
+        made["data"]["init_args"]["epochs"] = made["schedule"]["init_args"]["epochs"] = stages
     for method in made.get("methods", []):
         if method["class_path"].endswith(".LabelRefinery"):  # whose sub-trainings are half as long
             method["init_args"]["epochs"] = max(1, chosen.epochs // 2)
