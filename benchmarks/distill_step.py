@@ -6,7 +6,8 @@
 ResNet-20 learns from ResNet-56 on random 32-pixel images: forward of both, losses, backward and SGD with momentum,
 channels last. The variants take turns, a step each; `teacher` is a plain step and the teacher's forward pass with no
 loss between them. What counts is each variant's time beyond `teacher` of the same round, as a share of the plain step:
-medians and quartiles are shown. Memory is the most that a step holds at once beside weights and the optimizer's state.
+medians and quartiles are shown. Where torchdistill is installed, its step with the same loss takes its turn, too (only
+without `--compile`). Memory is the most that a step holds at once beside weights and the optimizer's state.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from qat_step import Step, measured, most_memory
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torchdistill_peer import INSTALLED, PEERS, peer_step
 
 from galago.batch import Batch
 from galago.distill.attention import Attention
@@ -148,6 +150,10 @@ def main() -> None:
     methods |= {name: Distill(copy.deepcopy(teacher), [LESSONS[name]()]) for name in chosen.only}
     batch = Batch(images, labels, {"index": torch.arange(chosen.batch, device=chosen.device)})
     steps = {name: step_of(method, batch, chosen.bf16, chosen.compile) for name, method in methods.items()}
+    if INSTALLED and not chosen.compile:
+        for name in filter(PEERS.__contains__, chosen.only):
+            pair = (one.to(chosen.device, memory_format=torch.channels_last) for one in (resnet56(), resnet20()))
+            steps[f"torchdistill: {name}"] = peer_step(name, *pair, images, labels.argmax(1), chosen.bf16)
     times = measured(steps, chosen.steps)
     memory = {name: most_memory(step, chosen.device) for name, step in steps.items()}
     how = f"{'bf16' if chosen.bf16 else 'fp32'}, {'compiled' if chosen.compile else 'eager'}, {chosen.device}"
