@@ -133,12 +133,13 @@ def change(metric: str, value: float, spread: float = 0.0, before: str = "before
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ([change("ece", 0.006)], ["Calibration error (ECE) moved by +0.6 points (+0.6 to +0.6)"]),
-        ([change("ece", -0.006)], ["Calibration error (ECE) moved by −0.6 points"]),
+        ([change("ece", 0.006)], ["Worse: calibration error (ECE) moved by +0.6 points (+0.6 to +0.6)"]),
+        ([change("ece", -0.006)], ["Better: calibration error (ECE) moved by −0.6 points"]),
         ([change("ece", 0.004)], []),
         ([change("accuracy", -0.02), change("corruption_error", 0.01)], []),
-        ([change("accuracy", -0.02), change("corruption_error", 0.03)], ["Error on corrupted images moved by +3.0"]),
-        ([change("accuracy", -0.02), change("auroc_energy_mean", -0.03)], ["AUROC by energy, of known"]),
+        ([change("accuracy", -0.02), change("corruption_error", 0.03)], ["Worse: error on corrupted images"]),
+        ([change("accuracy", -0.02), change("auroc_energy_mean", -0.03)], ["Worse: AUROC of known against"]),
+        ([change("accuracy", -0.02), change("auroc_msp_mean", 0.03)], ["Better: AUROC of known against"]),
         ([change("accuracy", 0.0), change("corruption_error", 0.0004)], []),
         ([change("accuracy", -0.05), change("nll", 1.0)], []),
     ],

@@ -20,7 +20,8 @@ FORMS = {
 FIRST = "accuracy"  # everybody looks at it; what moves more than it does, nobody expects
 LEAST = 0.001  # a tenth of a point: no smaller change is worth a word
 ALERT = 0.005  # half a point of the calibration error
-CALIBRATION = {"ece": "Calibration error (ECE)", "ece_scaled": "Calibration error after temperature scaling"}
+CALIBRATION = {"ece": "calibration error (ECE)", "ece_scaled": "calibration error after temperature scaling"}
+SCORES = {"msp": "confidence", "max_logit": "largest score", "energy": "energy", "entropy": "entropy"}  # of AUROCs
 Found = Mapping[str, Mapping[str, Estimate]]  # form of the network → number → estimate
 
 
@@ -39,6 +40,10 @@ class Change(NamedTuple):
             said += f" ({100 * interval[0]:+.1f} to {100 * interval[1]:+.1f})"
         said += f" from {FORMS[self.before]} to {FORMS[self.after]}"
         return said.replace("-", "−")
+
+    def tone(self) -> str:
+        """Whether it is a change for the better: all numbers that alerts are about are errors, but AUROCs."""
+        return "Better" if (self.estimate.value > 0) == self.metric.startswith("auroc_") else "Worse"
 
     def chance(self) -> str:
         """A remark where the interval holds 0."""
@@ -87,21 +92,23 @@ def alerts(changes: list[Change]) -> Iterator[str]:
     for change in changes:
         size, expected = abs(change.estimate.value), moved.get((change.before, change.after), 0.0)
         if change.metric in CALIBRATION and size > ALERT:
-            yield f"{CALIBRATION[change.metric]} moved {change.words()}{change.chance()}."
+            yield f"{change.tone()}: {CALIBRATION[change.metric]} moved {change.words()}{change.chance()}."
         if (what := watched(change.metric)) and size > max(expected, LEAST):
-            yield f"{what} moved {change.words()}; accuracy moved by {100 * expected:.1f}{change.chance()}."
+            said = f"{change.tone()}: {what} moved {change.words()}; accuracy moved by {100 * expected:.1f}"
+            yield f"{said}{change.chance()}."
 
 
 def watched(metric: str) -> str:
     """What a number that should move no more than accuracy is called; empty for all others.
 
     >>> watched("corruption_error"), watched("auroc_energy_mean"), watched("nll")
-    ('Error on corrupted images', 'AUROC by energy, of known against unknown images', '')
+    ('error on corrupted images', 'AUROC of known against unknown images, by energy,', '')
     """
     if metric == "corruption_error":
-        return "Error on corrupted images"
+        return "error on corrupted images"
     if metric.startswith("auroc_") and metric.endswith("_mean"):
-        return f"AUROC by {metric.removeprefix('auroc_').removesuffix('_mean')}, of known against unknown images"
+        score = metric.removeprefix("auroc_").removesuffix("_mean")
+        return f"AUROC of known against unknown images, by {SCORES.get(score, score)},"
     return ""
 
 

@@ -81,7 +81,7 @@ def trust() -> dict[str, Any]:
         "rounds": 200,
         "rows": rows,
         "changes": [change | {"metric": "accuracy"}, chance | {"metric": "ece"}],
-        "alerts": ["Error on corrupted images moved by +3.0 points."],
+        "alerts": ["Worse: error on corrupted images moved by +3.0 points."],
         "remarks": ["A remark."],
     }
 

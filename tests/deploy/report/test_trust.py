@@ -60,7 +60,7 @@ def test_the_page_shows_alerts_remarks_settings_and_a_bar_for_each_corruption(wr
     run = write_run("student")
     said = page(run)
     for words in (
-        "Error on corrupted images moved by +3.0 points.",
+        "Worse: error on corrupted images moved by +3.0 points.",
         "A remark.",
         "1,000 test images; corruptions of severity 1, 3, 5; intervals hold 95 % of 200 resamples",
         "Changes in gray could be chance.",

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from galago.deploy.report.drawing import RIGHT, Canvas, Figure, Scale
 from galago.deploy.report.reading import ROWS, number, text
 from galago.deploy.report.wording import MISSING, percent, signed, significant
+from galago.verdicts import SCORES
 
 FORMS = {"before": "before", "model": "trained model", "onnx": "ONNX file", "openvino": "OpenVINO file"}
 NAMES = {
@@ -21,7 +22,7 @@ NAMES = {
     "corruption_error": "Error on corrupted images",
     "corruption_ece": "ECE on corrupted images",
 }
-SCORES = {"msp": "confidence", "max_logit": "largest score", "energy": "energy", "entropy": "entropy"}
+NORMS = {"linf": "L∞", "l2": "L2"}
 CORRUPTION = "corruption_error_"
 SHARES = {"accuracy", "ece", "mce", "error", "auroc", "aupr", "fpr95"}  # told in percent
 
@@ -127,7 +128,8 @@ def _called(metric: str) -> str:
     if _mean_auroc(metric):
         return f"AUROC of known against unknown, by {SCORES[metric.removeprefix('auroc_').removesuffix('_mean')]}"
     if metric.endswith("_pgd_accuracy"):
-        return f"Accuracy under attack (PGD, {metric.removesuffix('_pgd_accuracy').replace('_', ' ')})"
+        norm, _, size = metric.removesuffix("_pgd_accuracy").partition("_")
+        return f"Accuracy under attack (PGD, {NORMS.get(norm, norm)} {size})"
     return NAMES.get(metric, metric.replace("_", " "))
 
 
