@@ -41,7 +41,7 @@ def test_numbers_that_everybody_wants_come_first_and_none_is_lost(write_run: Wri
         "Error on corrupted images",
         "AUROC of known against unknown, by energy",
         "Surprise (NLL, nats)",
-        "Accuracy under attack (PGD, linf 0.0314)",
+        "Accuracy under attack (PGD, L∞ 0.0314)",
     ]
     assert [line.what for line in found.others] == ["mce", "corruption error fog", "corruption error glass blur"]
 
