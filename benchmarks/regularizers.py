@@ -107,9 +107,10 @@ def train(name: str, seed: int, chosen: argparse.Namespace) -> None:
 
 
 def measure(run: Path, chosen: argparse.Namespace) -> None:
-    """Trust, with the images from outside among the run's probes."""
+    """Trust, with images from outside and mixtures among the run's probes."""
     of_run = yaml.safe_load((run / "recipe.yaml").read_text())
-    (run / "recipe.yaml").write_text(yaml.safe_dump(of_run | {"probes": [outside(chosen)]}, sort_keys=False))
+    probes = [outside(chosen), {"class_path": "galago.probes.mixed_confidence.MixedConfidence"}]
+    (run / "recipe.yaml").write_text(yaml.safe_dump(of_run | {"probes": probes}, sort_keys=False))
     galago("trust", "--run", str(run), "--images", "1000", "--severities", "[1,3,5]", "--rounds", "50")
 
 
