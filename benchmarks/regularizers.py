@@ -60,6 +60,8 @@ def recipe(name: str, seed: int, chosen: argparse.Namespace) -> Recipe:
     for method in made.get("methods", []):
         if method["class_path"].endswith(".LabelRefinery"):  # whose sub-trainings are half as long
             method["init_args"]["epochs"] = max(1, chosen.epochs // 2)
+        if method["class_path"].endswith(".Autogenous"):  # which groups classes by what a plain network confuses
+            method["init_args"]["base"]["init_args"]["run"] = str(folder("baseline", seed, chosen))
     if chosen.tuned:
         made["model"]["init_args"] = {"weights": chosen.tuned}
         made["optimizer"]["init_args"]["lr"] = TUNED_RATE
