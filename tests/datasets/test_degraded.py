@@ -133,6 +133,9 @@ def test_labels_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "two.npz", one=np.zeros(count), two=np.zeros(count))
     with pytest.raises(UserError, match=r"key is three; .*two.npz holds one, two"):
         GivenLabels(Digits(), str(tmp_path / "two.npz"), key="three")
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "two.npz").read_bytes()[:200])
+    with pytest.raises(UserError, match=r"cut.npz is no NumPy file of numbers"):
+        GivenLabels(Digits(), str(tmp_path / "cut.npz"), key="one")
     with pytest.raises(UserError, match=r"there is no file .*none.npy"):
         GivenLabels(Digits(), str(tmp_path / "none.npy"))
 

@@ -23,6 +23,7 @@ exponential profile).
 from __future__ import annotations
 
 import copy
+import zipfile
 from abc import ABC
 from pathlib import Path
 
@@ -139,9 +140,9 @@ def read_labels(file: Path, key: str | None) -> Tensor:
         UserError: the file or the array is not there, or holds something else.
     """
     try:
-        content = np.load(file, allow_pickle=False)
-        if isinstance(content, np.lib.npyio.NpzFile):
-            with content:
+        with file.open("rb") as opened:
+            content = np.load(opened, allow_pickle=False)
+            if isinstance(content, np.lib.npyio.NpzFile):
                 names = content.files
                 name = names[0] if key is None and len(names) == 1 else key
                 if name not in names:
@@ -149,7 +150,7 @@ def read_labels(file: Path, key: str | None) -> Tensor:
                 content = content[name]
     except FileNotFoundError as error:
         raise UserError(f"GivenLabels: there is no file {file}") from error
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"GivenLabels: {file} is no NumPy file of numbers: {error}") from error
     if content.ndim != 1 or content.dtype.kind not in "iu":
         raise UserError(

@@ -69,7 +69,7 @@ def fit_vector(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         optimizer.zero_grad()
         drawn = power.square().mean() + shift.square().mean()
         value = cross_entropy(power.exp() / temperature * z + shift, q) + DRAWN * drawn
-        value.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(value)
         return value
 
     with torch.enable_grad():
