@@ -19,22 +19,17 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import yaml
-from quantizers import claimed, read, spread
 from rich.console import Console
 from rich.table import Table
+from runs import Recipe, damaged, galago, held_out, make, measured, read, spread
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 TEACHER = "published/resnet56_cifar10"
 WITH_TEACHER = ("kd", "dkd", "dist", "at", "fitnet", "fsp", "rkd", "sp", "crd", "bss", "ensemble")
 METHODS = ("plain", *WITH_TEACHER, "dml", "one", "ffl", "oskd")
-Recipe = dict[str, Any]
 STUDENTS: dict[str, Recipe] = {
     "resnet20": {"class_path": "galago.models.resnet.resnet20"},
     "resnet32": {"class_path": "galago.models.resnet.resnet32"},
@@ -46,7 +41,7 @@ def recipe(name: str, seed: int, chosen: argparse.Namespace) -> Recipe:
     """The recipe of one run."""
     path = RECIPES / "distill" / f"{'kd' if name == 'plain' else name}_resnet20_cifar10.yaml"
     made: Recipe = yaml.safe_load(path.read_text())
-    made |= {"run": str(folder(name, seed, chosen)), "seed": seed, "epochs": chosen.epochs}
+    made |= {"seed": seed, "epochs": chosen.epochs}
     made["model"] = copy.deepcopy(STUDENTS[chosen.student])
     made["data"]["init_args"] |= {"root": chosen.data, "hold_out": 5000}
     made["data"] = damaged(made["data"], chosen)
@@ -54,14 +49,6 @@ def recipe(name: str, seed: int, chosen: argparse.Namespace) -> Recipe:
     if name == "plain":
         made["methods"] = []
     return made
-
-
-def damaged(data: Recipe, chosen: argparse.Namespace) -> Recipe:
-    """The data set as it is, or with its labels or its classes' sizes changed."""
-    for kind, argument, value in (("NoisyLabels", "rate", chosen.noise), ("Imbalanced", "factor", chosen.imbalance)):
-        if value:
-            data = {"class_path": f"galago.datasets.degraded.{kind}", "init_args": {argument: value, "data": data}}
-    return data
 
 
 def folder(name: str, seed: int, chosen: argparse.Namespace) -> Path:
@@ -72,34 +59,11 @@ def folder(name: str, seed: int, chosen: argparse.Namespace) -> Path:
     return Path(chosen.runs) / kind / f"{name}_seed{seed}"
 
 
-def train(name: str, seed: int, chosen: argparse.Namespace) -> None:
-    """One run, unless it is done or another process of this command is at it."""
-    run = folder(name, seed, chosen)
-    if "model" in read(run / "metrics.json"):
-        return
-    with claimed(run) as mine:
-        if mine:
-            written = run.with_suffix(".yaml")
-            written.write_text(yaml.safe_dump(recipe(name, seed, chosen), sort_keys=False))
-            galago("train", "--config", str(written))
-
-
-def galago(*arguments: str) -> None:
-    """A command of the toolkit."""
-    subprocess.run([sys.executable, "-m", "galago.cli", *arguments], check=False)
-
-
-def held_out(run: Path) -> float:
-    """Accuracy on the images that were set aside, after the last epoch."""
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return float(next(line["accuracy"] for line in reversed(lines) if line["kind"] == "epoch"))
-
-
 def table(chosen: argparse.Namespace) -> Table:
     """Mean and spread over seeds."""
     made = Table("method", "seeds", "held out: accuracy %", "test: accuracy %", "ECE %", "NLL")
     for name in chosen.only:
-        runs = [run for seed in chosen.seeds if "model" in read((run := folder(name, seed, chosen)) / "metrics.json")]
+        runs = [run for seed in chosen.seeds if measured(run := folder(name, seed, chosen))]
         found = [read(run / "metrics.json")["model"] for run in runs]
         if found:
             aside = spread([100 * held_out(run) for run in runs])
@@ -124,7 +88,7 @@ def main() -> None:
         galago("train", "--config", str(RECIPES / f"{TEACHER}.yaml"), "--data.init_args.root", chosen.data)
         for seed in chosen.seeds:
             for name in chosen.only:
-                train(name, seed, chosen)
+                make(folder(name, seed, chosen), recipe(name, seed, chosen))
     Console(width=120).print(table(chosen))
 
 

@@ -14,15 +14,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
-import yaml
-from distillers import galago
-from quantizers import claimed, read, spread
 from rich.console import Console
 from rich.table import Table
+from runs import Recipe, make, measured, read, spread
 
-Recipe = dict[str, Any]
 RATE = 0.02
 
 
@@ -48,7 +44,6 @@ def recipe(name: str, rate: float, seed: int, chosen: argparse.Namespace) -> Rec
     images: Recipe = {"class_path": "galago.datasets.idx.MNIST", "init_args": {"root": chosen.mnist, **shown}}
     noisy = {"rate": rate, "damage_seed": seed, "data": images}
     return {
-        "run": str(folder(name, rate, seed, chosen)),
         "seed": seed,
         "model": {
             "class_path": "galago.models.small.cnn_lc",
@@ -69,18 +64,6 @@ def folder(name: str, rate: float, seed: int, chosen: argparse.Namespace) -> Pat
     return Path(chosen.runs) / f"{chosen.epochs}_epochs_{chosen.per_class}" / f"{name}_{100 * rate:.0f}_seed{seed}"
 
 
-def train(name: str, rate: float, seed: int, chosen: argparse.Namespace) -> None:
-    """One run, unless it is done or another process of this command is at it."""
-    run = folder(name, rate, seed, chosen)
-    if "model" in read(run / "metrics.json"):
-        return
-    with claimed(run) as mine:
-        if mine:
-            written = run.with_suffix(".yaml")
-            written.write_text(yaml.safe_dump(recipe(name, rate, seed, chosen), sort_keys=False))
-            galago("train", "--config", str(written))
-
-
 def table(chosen: argparse.Namespace) -> Table:
     """Accuracy and calibration on right labels, a row a method, two columns a rate."""
     columns = [f"{100 * rate:g} %: {what}" for rate in chosen.rates for what in ("accuracy %", "ECE %")]
@@ -89,7 +72,7 @@ def table(chosen: argparse.Namespace) -> Table:
         cells, most = [], 0
         for rate in chosen.rates:
             runs = [folder(name, rate, seed, chosen) for seed in chosen.seeds]
-            found = [numbers["model"] for run in runs if "model" in (numbers := read(run / "metrics.json"))]
+            found = [read(run / "metrics.json")["model"] for run in runs if measured(run)]
             most = max(most, len(found))
             cells += [spread([100 * one[key] for one in found]) if found else "" for key in ("accuracy", "ece")]
         if most:
@@ -113,7 +96,7 @@ def main() -> None:
         for seed in chosen.seeds:
             for rate in chosen.rates:
                 for name in chosen.only:
-                    train(name, rate, seed, chosen)
+                    make(folder(name, rate, seed, chosen), recipe(name, rate, seed, chosen))
     Console(width=140).print(table(chosen))
 
 

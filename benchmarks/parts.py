@@ -13,18 +13,15 @@ from __future__ import annotations
 
 import argparse
 import copy
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import yaml
-from quantizers import read, spread
 from rich.console import Console
 from rich.table import Table
+from runs import Recipe, make, read, spread
 
-Recipe = dict[str, Any]
 Edit = Callable[[Recipe], None]
 
 
@@ -124,29 +121,18 @@ COMPARISONS: dict[str, Comparison] = {
 }
 
 
-def shortened(comparison: Comparison, edit: Edit, seed: int, chosen: argparse.Namespace, run: Path) -> Recipe:
+def shortened(comparison: Comparison, edit: Edit, seed: int, chosen: argparse.Namespace) -> Recipe:
     """The recipe of one run."""
     path = Path(__file__).parents[1] / "recipes" / "quantize" / f"{comparison.recipe}.yaml"
     recipe: Recipe = copy.deepcopy(yaml.safe_load(path.read_text()))
     epochs = chosen.epochs or comparison.epochs
-    recipe |= {"run": str(run), "seed": seed, "epochs": epochs}
+    recipe |= {"seed": seed, "epochs": epochs}
     recipe["data"]["init_args"]["root"] = chosen.data
     if "epochs" in (schedule := recipe["schedule"].get("init_args", {})):
         schedule["epochs"] = epochs
     edit(recipe)
     recipe["probes"] = [*recipe.get("probes", ()), {"class_path": "galago.probes.calibration.Calibration"}]
     return recipe
-
-
-def train(run: Path, recipe: Recipe) -> None:
-    """One run, unless it is done."""
-    if "model" in read(run / "metrics.json"):
-        return
-    written = run.with_suffix(".yaml")
-    written.parent.mkdir(parents=True, exist_ok=True)
-    written.write_text(yaml.safe_dump(recipe, sort_keys=False))
-    for command in (["train", "--config", str(written)], ["measure", "--run", str(run)]):
-        subprocess.run([sys.executable, "-m", "galago.cli", *command], check=False)
 
 
 def main() -> None:
@@ -170,7 +156,7 @@ def main() -> None:
                 folder = "".join(letter if letter.isalnum() else "_" for letter in variant.lower())
                 run = Path(chosen.runs) / f"{name}_{epochs}" / f"{folder}_seed{seed}"
                 if not chosen.table:
-                    train(run, shortened(comparison, edit, seed, chosen, run))
+                    make(run, shortened(comparison, edit, seed, chosen))
                 found += [numbers] if (numbers := read(run / "metrics.json").get("model")) else []
             if found:
                 made.add_row(variant, *(spread([100 * each[key] for each in found]) for key in ("accuracy", "ece")))

@@ -15,18 +15,12 @@ LSQ+, PACT with SAWB and N2UQ have no 1-bit weights. N2UQ learns from labels her
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.table import Table
+from runs import Recipe, galago, make, read, spread
 
 WEIGHTS = "../shared/data/pretrained-cifar10-resnet/resnet20-12fca82f.th"
 Pair = tuple[str, dict[str, Any], str, dict[str, Any]]
@@ -43,11 +37,11 @@ PAIRS: dict[str, Pair] = {
 ONE_BIT = ("STE", "EWGS", "DAQ", "DoReFa")
 
 
-def recipe(name: str, bits: int, seed: int, chosen: argparse.Namespace) -> dict[str, Any]:
+def recipe(name: str, bits: int, seed: int, chosen: argparse.Namespace) -> Recipe:
     """The recipe of one run."""
     weight, weight_arguments, inputs, input_arguments = PAIRS[name]
 
-    def quantizer(path: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    def quantizer(path: str, arguments: dict[str, Any]) -> Recipe:
         return {"class_path": f"galago.quantize.{path}", "init_args": arguments}
 
     parts = {
@@ -58,7 +52,6 @@ def recipe(name: str, bits: int, seed: int, chosen: argparse.Namespace) -> dict[
         "stream": quantizer("min_max.MinMax", {}),
     }
     return {
-        "run": str(folder(name, bits, seed, chosen)),
         "seed": seed,
         "model": {"class_path": "galago.models.resnet.resnet20", "init_args": {"weights": WEIGHTS}},
         "task": {"class_path": "galago.tasks.classify.Classify", "init_args": {"classes": 10}},
@@ -91,45 +84,13 @@ def done(run: Path) -> bool:
     return (run / "verify.json").exists() and "onnx" in read(run / "metrics.json")
 
 
-def read(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    return content
-
-
-def ship(name: str, bits: int, seed: int, chosen: argparse.Namespace) -> None:
-    """One run, unless it is done or another process of this command is at it."""
-    run = folder(name, bits, seed, chosen)
-    if done(run):
-        return
-    with claimed(run) as mine:
-        if not mine:
-            return
-        written, of_run = run.with_suffix(".yaml"), ["--run", str(run)]
-        written.write_text(yaml.safe_dump(recipe(name, bits, seed, chosen), sort_keys=False))
-        for command in (
-            ["train", "--config", str(written)],
-            ["export", *of_run],
-            ["verify", *of_run, "--images", "250"],
-            ["measure", *of_run],
-            ["measure", *of_run, "--artifact", str(run / "model.onnx"), "--latency", "true"],
-        ):
-            subprocess.run([sys.executable, "-m", "galago.cli", *command], check=False)
-
-
-@contextmanager
-def claimed(run: Path) -> Iterator[bool]:
-    """Whether a run is this process's to do; another process of the same command leaves it alone meanwhile."""
-    run.parent.mkdir(parents=True, exist_ok=True)
-    claim = run.with_suffix(".claim")
-    try:
-        claim.touch(exist_ok=False)
-    except FileExistsError:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        claim.unlink()
+def prove(run: Path) -> None:
+    """The file of a trained run, checked and measured."""
+    of_run = ["--run", str(run)]
+    galago("export", *of_run)
+    galago("verify", *of_run, "--images", "250")
+    galago("measure", *of_run)
+    galago("measure", *of_run, "--artifact", str(run / "model.onnx"), "--latency", "true")
 
 
 def table(chosen: argparse.Namespace) -> Table:
@@ -154,12 +115,6 @@ def cells(runs: list[Path]) -> list[str]:
         speed(times),
         f"{100 * worst(proof):.3f}",
     ]
-
-
-def spread(values: list[float]) -> str:
-    """A mean, with the standard deviation where there are several values."""
-    mean = f"{statistics.mean(values):.2f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
 
 
 def speed(times: dict[str, Any]) -> str:
@@ -193,7 +148,8 @@ def main() -> None:
             for seed in chosen.seeds:
                 for name in chosen.only:
                     if bits > 1 or name in ONE_BIT:
-                        ship(name, bits, seed, chosen)
+                        run = folder(name, bits, seed, chosen)
+                        make(run, recipe(name, bits, seed, chosen), done, prove)
     Console(width=140).print(table(chosen))
 
 

@@ -18,21 +18,19 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import yaml
-from distillers import damaged, galago, held_out
-from quantizers import claimed, read, spread
 from rich.console import Console
 from rich.table import Table
+from runs import Recipe, damaged, galago, held_out, innermost, make, read, spread
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "regularize"
 END = "_resnet20_cifar10"
 METHODS = sorted(path.stem.removesuffix(END) for path in RECIPES.glob(f"*{END}.yaml"))
 SHARED = Path("../shared/data")
 TUNED_RATE = 0.01
-Recipe = dict[str, Any]
 
 
 def outside(chosen: argparse.Namespace) -> Recipe:
@@ -50,7 +48,7 @@ def outside(chosen: argparse.Namespace) -> Recipe:
 def recipe(name: str, seed: int, chosen: argparse.Namespace) -> Recipe:
     """The recipe of one run."""
     made: Recipe = yaml.safe_load((RECIPES / f"{name}{END}.yaml").read_text())
-    made |= {"run": str(folder(name, seed, chosen)), "seed": seed, "epochs": chosen.epochs, "probes": []}
+    made |= {"seed": seed, "epochs": chosen.epochs, "probes": []}
     innermost(made["data"]).update({"root": chosen.data, "hold_out": 5000, "per_class": chosen.per_class})
     made["data"] = asked_for(made["data"], chosen)
     if "Growing" in made["data"]["class_path"]:
@@ -78,12 +76,6 @@ def asked_for(data: Recipe, chosen: argparse.Namespace) -> Recipe:
     return damaged(data, chosen)
 
 
-def innermost(data: Recipe) -> Recipe:
-    """The arguments of a data set, or of the one that it wraps."""
-    arguments: Recipe = data["init_args"]
-    return innermost(arguments["data"]) if "data" in arguments else arguments
-
-
 def folder(name: str, seed: int, chosen: argparse.Namespace) -> Path:
     """Where a run lies."""
     kind = f"{chosen.epochs}_epochs_{chosen.per_class}"
@@ -94,18 +86,9 @@ def folder(name: str, seed: int, chosen: argparse.Namespace) -> Path:
     return Path(chosen.runs) / kind / f"{name}_seed{seed}"
 
 
-def train(name: str, seed: int, chosen: argparse.Namespace) -> None:
-    """One run, trained and measured, unless it is done or another process of this command is at it."""
-    run = folder(name, seed, chosen)
-    if (run / "trust.json").exists():
-        return
-    with claimed(run) as mine:
-        if mine:
-            written = run.with_suffix(".yaml")
-            written.write_text(yaml.safe_dump(recipe(name, seed, chosen), sort_keys=False))
-            galago("train", "--config", str(written))
-            if (run / "model.safetensors").exists():
-                measure(run, chosen)
+def trusted(run: Path) -> bool:
+    """Whether a run was trained and everything of it measured."""
+    return (run / "trust.json").exists()
 
 
 def measure(run: Path, chosen: argparse.Namespace) -> None:
@@ -140,7 +123,7 @@ def table(chosen: argparse.Namespace) -> Table:
     """Mean and spread over seeds, a row a method."""
     made = Table("method", "seeds", *(title for title, _ in COLUMNS.values()))
     for name in chosen.only:
-        runs = [run for seed in chosen.seeds if ((run := folder(name, seed, chosen)) / "trust.json").exists()]
+        runs = [run for seed in chosen.seeds if trusted(run := folder(name, seed, chosen))]
         found = [numbers(run) for run in runs]
         if found:
             cells = [spread([scale * one[key] for one in found]) for key, (_, scale) in COLUMNS.items()]
@@ -168,10 +151,11 @@ def main() -> None:
     if not chosen.table:
         for seed in chosen.seeds:
             for name in chosen.only:
-                train(name, seed, chosen)
+                run = folder(name, seed, chosen)
+                make(run, recipe(name, seed, chosen), trusted, partial(measure, chosen=chosen))
     if chosen.json:
         runs = [folder(name, seed, chosen) for name in chosen.only for seed in chosen.seeds]
-        print(json.dumps({str(run): numbers(run) for run in runs if (run / "trust.json").exists()}, indent=2))
+        print(json.dumps({str(run): numbers(run) for run in runs if trusted(run)}, indent=2))
     else:
         Console(width=200).print(table(chosen))
 

@@ -21,15 +21,12 @@ from __future__ import annotations
 
 import argparse
 import math
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import yaml
-from quantizers import claimed, read
 from rich.console import Console
 from rich.table import Table
+from runs import Recipe, make, measured, read, spread
 
 from galago.spec import build
 
@@ -37,7 +34,6 @@ RECIPE = Path(__file__).parents[1] / "recipes" / "regularize" / "small_data_cifa
 IMAGES = (10, 20, 40, 80, 160, 320, 640, 1280)
 MODES = ("none", "dynamic", "static", "reconstruct")
 CLASSES, COPIES = 10, 4
-Recipe = dict[str, Any]
 
 
 def cnn(width: int, dropout: float = 0.4) -> Recipe:
@@ -83,8 +79,7 @@ def recipe(model: str, mode: str, images: int, repetition: int, chosen: argparse
     shown = images * CLASSES * (1 + COPIES if mode == "static" else 1)
     times, epochs = length(shown, batch, chosen.steps)
     made["data"] = {"class_path": "galago.datasets.repeated.Repeated", "init_args": {"times": times, "data": data}}
-    run = str(folder(model, mode, images, repetition, chosen))
-    return made | {"run": run, "model": MODELS[model], "epochs": epochs, "seed": repetition}
+    return made | {"model": MODELS[model], "epochs": epochs, "seed": repetition}
 
 
 def folder(model: str, mode: str, images: int, repetition: int, chosen: argparse.Namespace) -> Path:
@@ -97,33 +92,10 @@ def repetitions(images: int, chosen: argparse.Namespace) -> range:
     return range(chosen.repetitions or (10 if images <= 80 else 5))
 
 
-def train(model: str, mode: str, images: int, repetition: int, chosen: argparse.Namespace) -> None:
-    """One run, unless it is done or another process of this command is at it."""
-    run = folder(model, mode, images, repetition, chosen)
-    if "model" in read(run / "metrics.json"):
-        return
-    with claimed(run) as mine:
-        if mine:
-            written = run.with_suffix(".yaml")
-            written.write_text(yaml.safe_dump(recipe(model, mode, images, repetition, chosen), sort_keys=False))
-            command = [sys.executable, "-m", "galago.cli", "train", "--config", str(written)]
-            subprocess.run(command, check=False)
-
-
 def accuracies(model: str, mode: str, images: int, chosen: argparse.Namespace) -> list[float]:
     """In percent, of the repetitions that are done."""
     runs = [folder(model, mode, images, number, chosen) for number in repetitions(images, chosen)]
-    found = [read(run / "metrics.json") for run in runs]
-    return [100 * numbers["model"]["accuracy"] for numbers in found if "model" in numbers]
-
-
-def spread(numbers: list[float]) -> str:
-    """Mean and standard deviation over all repetitions, and how many there are."""
-    if not numbers:
-        return ""
-    mean = math.fsum(numbers) / len(numbers)
-    deviation = math.sqrt(math.fsum((number - mean) ** 2 for number in numbers) / max(len(numbers) - 1, 1))
-    return f"{mean:.1f} ± {deviation:.1f} ({len(numbers)})"
+    return [100 * read(run / "metrics.json")["model"]["accuracy"] for run in runs if measured(run)]
 
 
 def table(chosen: argparse.Namespace) -> Table:
@@ -133,7 +105,8 @@ def table(chosen: argparse.Namespace) -> Table:
     for model in chosen.models:
         size = sum(parameter.numel() for parameter in build(MODELS[model]).parameters())
         for mode in chosen.modes:
-            cells = [spread(accuracies(model, mode, images, chosen)) for images in chosen.images]
+            found = [accuracies(model, mode, images, chosen) for images in chosen.images]
+            cells = [f"{spread(each, digits=1)} ({len(each)})" if each else "" for each in found]
             if any(cells):
                 made.add_row(model, f"{size:,}", mode, *cells)
     return made
@@ -155,7 +128,8 @@ def main() -> None:
             for repetition in repetitions(images, chosen):
                 for model in chosen.models:
                     for mode in chosen.modes:
-                        train(model, mode, images, repetition, chosen)
+                        run = folder(model, mode, images, repetition, chosen)
+                        make(run, recipe(model, mode, images, repetition, chosen))
     Console(width=160).print(table(chosen))
 
 

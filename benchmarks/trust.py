@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from distillers import galago
-from quantizers import read
-from regularizers import innermost, outside
+from regularizers import outside
 from rich.console import Console
 from rich.table import Table
+from runs import galago, innermost, read
 
 BITS = ("w8a8", "w4a4", "w2a2")
 METRICS = {
