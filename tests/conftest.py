@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -43,6 +44,17 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}; set GALAGO_DATA to run this test")
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _operators_are_read_once() -> Iterator[None]:
+    """torch.onnx parses the source of 500 functions in each export; of 1.5 seconds that is 0.6, hundreds of times."""
+    from torch.onnx._internal.exporter import _registration
+
+    with pytest.MonkeyPatch.context() as patch:
+        read = cache(_registration.onnxscript_apis.get_torchlib_ops)
+        patch.setattr(_registration.onnxscript_apis, "get_torchlib_ops", read)
+        yield
 
 
 @pytest.fixture(autouse=True)

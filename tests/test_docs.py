@@ -15,7 +15,7 @@ import pytest
 from markdown_it import MarkdownIt
 from PIL import Image
 
-from galago import cli
+from galago import cli, measure, ship
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = [f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md"))]
@@ -80,7 +80,11 @@ def test_a_method_a_quantizer_and_a_probe_of_ones_own_obey_the_laws(folder: Path
         law()
 
 
-def test_ideas_of_ones_own_train_and_ship_from_a_recipe(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ideas_of_ones_own_train_and_ship_from_a_recipe(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ship, "ROUNDS", 5)  # for time: exact intervals are not what this is about
+    monkeypatch.setattr(measure, "SECONDS", 0.05)
     write("docs/extending.md", folder)
     shown = commands("docs/extending.md")
     assert [arguments[0] for arguments in shown] == ["check", "ship", "measure"]

@@ -36,6 +36,7 @@ from galago.regularize.auxiliary import Auxiliary
 from galago.run import Run, atomic, load, normalization_of, read_json, write_json
 
 NAMES = {".onnx": "onnx", ".xml": "openvino"}
+SECONDS = 1.0  # that each network is timed at each size of batch
 
 
 def measure_run(
@@ -161,7 +162,7 @@ def measure_latency(
         sizes = {"fp32": floating.stat().st_size, "bf16": floating.stat().st_size}
         for batch in (1, 32):
             image = example.repeat(batch, 1, 1, 1)
-            timings = compare({f"{e} {p}": engine for (e, p), engine in engines.items()}, image, seconds=1.0)
+            timings = compare({f"{e} {p}": engine for (e, p), engine in engines.items()}, image, seconds=SECONDS)
             rows += [_row(e, p, batch, threads, timings, sizes.get(p) or _size(files, e)) for e, p in engines]
     advice = advise(rows)
     found = {"image": "×".join(map(str, example.shape[1:])), "rows": rows, "advice": advice}
