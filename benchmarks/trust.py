@@ -4,7 +4,8 @@
     python benchmarks/trust.py --table                  # only the table of what is done
 
 The float network is the published one (`recipes/published/resnet20_cifar10.yaml`); the others are the runs of
-`recipes/quantize/lsq_w8a8…`, `…w4a4…` and `…w2a2…`, trained from it with `galago ship --config RECIPE`. Each is
+`recipes/quantize/lsq_w8a8…`, `…w4a4…` and `…w2a2…`, trained from it with `galago ship --config RECIPE`; `control` is
+trained on as long as the last of them, in float, which tells what the training did from what the bits did. Each is
 measured by `galago trust` against the float one, on a thousand test images: all corruptions at severities 1, 3 and 5,
 and as images from outside digits of MNIST, blood cells and uniform noise. All of these networks have seen every
 training image, so temperatures are fitted on the test images themselves: one number for a thousand images, which
@@ -22,9 +23,11 @@ import yaml
 from regularizers import outside
 from rich.console import Console
 from rich.table import Table
-from runs import galago, innermost, read
+from runs import Recipe, galago, innermost, make, read
 
+CONTROL = "control"  # in float, trained on with the recipe of the fewest bits
 BITS = ("w8a8", "w4a4", "w2a2")
+RECIPES = Path(__file__).parents[1] / "recipes" / "quantize"
 METRICS = {
     "accuracy": ("accuracy %", 100),
     "ece": ("ECE %", 100),
@@ -32,21 +35,29 @@ METRICS = {
     "temperature": ("T", 1),
     "ece_scaled": ("ECE % after T", 100),
     "nll_scaled": ("NLL after T", 1),
+    "aurc_confidence": ("AURC × 100", 100),
     "corruption_error": ("corruption error %", 100),
     "corruption_ece": ("ECE % corrupted", 100),
     "auroc_msp_mnist": ("AUROC % MSP: MNIST", 100),
     "auroc_msp_cells": ("AUROC % MSP: cells", 100),
     "auroc_msp_uniform": ("AUROC % MSP: noise", 100),
     "auroc_energy_mean": ("AUROC % energy, mean", 100),
-    "linf_0.0314_fgsm_accuracy": ("FGSM 8/255 %", 100),
+    "linf_0.00392_fgsm_accuracy": ("FGSM 1/255 %", 100),
     "linf_0.00392_pgd_accuracy": ("PGD 1/255 %", 100),
     "linf_0.00392_transfer_accuracy": ("PGD 1/255 of the float network %", 100),
 }
 
 
+def control(chosen: argparse.Namespace) -> Recipe:
+    """The recipe of the network that stays float."""
+    recipe: Recipe = yaml.safe_load((RECIPES / f"{chosen.method}_{BITS[-1]}_resnet20_cifar10.yaml").read_text())
+    recipe["data"]["init_args"]["root"] = chosen.data
+    return recipe | {"methods": []}
+
+
 def prepared(run: Path, chosen: argparse.Namespace) -> None:
     """Puts the images from outside and a weak attack into the recipe of a finished run."""
-    recipe: dict[str, Any] = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe: Recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     attack = {
         "ball": {"class_path": "galago.attacks.Linf", "init_args": {"epsilon": 1 / 255}},
         "surrogate": chosen.float,
@@ -60,19 +71,16 @@ def prepared(run: Path, chosen: argparse.Namespace) -> None:
 
 def table(chosen: argparse.Namespace) -> Table:
     """A row a number, a column a form of the network."""
-    made = Table("", *[f"{bits}: {form}" for bits in ("float", *BITS) for form in forms(bits)])
+    columns = [(bits, form) for bits in ("float", CONTROL, *BITS) for form in forms(bits)]
+    made = Table("", *[f"{bits}: {form}" for bits, form in columns])
     for metric, (title, scale) in METRICS.items():
-        cells = [
-            _cell(rows(chosen, bits).get((source(bits, form), metric)), scale)
-            for bits in ("float", *BITS)
-            for form in forms(bits)
-        ]
-        made.add_row(title, *cells)
+        found = [rows(chosen, bits).get((source(bits, form), metric)) for bits, form in columns]
+        made.add_row(title, *[_cell(row, scale) for row in found])
     return made
 
 
 def forms(bits: str) -> tuple[str, ...]:
-    return ("model",) if bits == "float" else ("model", "onnx", "openvino")
+    return ("model",) if bits in ("float", CONTROL) else ("model", "onnx", "openvino")
 
 
 def source(bits: str, form: str) -> str:
@@ -99,6 +107,7 @@ def _cell(row: dict[str, Any] | None, scale: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", default="lsq", help="whose runs: lsq or ewgs")
+    parser.add_argument("--only", nargs="+", choices=(CONTROL, *BITS), default=(CONTROL, *BITS), help="measure these")
     parser.add_argument("--runs", default="runs/quantize", help="where the runs of recipes/quantize are")
     parser.add_argument("--float", default="runs/published/resnet20_cifar10", help="the float run")
     parser.add_argument("--data", default="data", help="folder with CIFAR-10's binary files")
@@ -106,10 +115,13 @@ def main() -> None:
     parser.add_argument("--cells", default="data/cells", help="folder of recipes/bccd/crop_cells.py")
     parser.add_argument("--table", action="store_true", help="measure nothing, only show what is done")
     chosen = parser.parse_args()
-    for bits in () if chosen.table else BITS:
+    if not chosen.table:
+        make(run_of(chosen, CONTROL), control(chosen))
+    for bits in () if chosen.table else chosen.only:
         run = run_of(chosen, bits)
         prepared(run, chosen)
-        galago("export", "--run", str(run))
+        if bits != CONTROL:
+            galago("export", "--run", str(run))
         galago("trust", "--run", str(run), "--against", chosen.float, "--images", "1000", "--severities", "[1,3,5]")
     Console(width=240).print(table(chosen))
 
