@@ -24,7 +24,11 @@ ANSWERS = {
     "teacher_module_path": ".",
     "teacher_module_io": "output",
 }
-EMBEDDINGS = {"student_output_path": "layer3", "teacher_output_path": "layer3"}
+
+
+def both(path: str) -> dict[str, str]:
+    """A layer of the same name in both networks."""
+    return {"student_output_path": path, "teacher_output_path": path}
 
 
 def output_of(path: str) -> dict[str, str]:
@@ -51,8 +55,8 @@ PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     "Correlation": ("DISTLoss", ANSWERS),
     "Attention": ("ATLoss", {"at_pairs": attention(), "mode": "code"}),
     "SolutionFlow": ("FSPLoss", {"fsp_pairs": flow()}),
-    "Relations": ("RKDLoss", {**EMBEDDINGS, "dist_factor": 1.0, "angle_factor": 2.0, "reduction": "mean"}),
-    "Similarity": ("SPKDLoss", {**EMBEDDINGS, "reduction": "batchmean"}),
+    "Relations": ("RKDLoss", {**both("flatten"), "dist_factor": 1.0, "angle_factor": 2.0, "reduction": "mean"}),
+    "Similarity": ("SPKDLoss", {**both("layer3"), "reduction": "batchmean"}),
 }
 
 
@@ -82,7 +86,7 @@ def peer_step(
         },
         name: {"criterion": {"key": key, "kwargs": arguments}, "weight": 1.0},
     }
-    seen = {"forward_hook": {"output": list(STAGES)}} if "student_module_path" not in arguments else {}
+    seen = {"forward_hook": {"output": [*STAGES, "flatten"]}} if "student_module_path" not in arguments else {}
     config = {
         "num_epochs": 1,
         "teacher": {"requires_grad": False, "forward_proc": "forward_batch_only", **seen},
