@@ -29,8 +29,23 @@ from runs import Recipe, damaged, galago, held_out, innermost, make, read, sprea
 RECIPES = Path(__file__).parents[1] / "recipes" / "regularize"
 END = "_resnet20_cifar10"
 METHODS = sorted(path.stem.removesuffix(END) for path in RECIPES.glob(f"*{END}.yaml"))
+COMBINATIONS = (
+    "cutout+label_smoothing",
+    "mixup+label_smoothing",
+    "cutmix+label_smoothing",
+    "cutout+shake_drop",
+    "cutmix+shake_drop",
+)
 SHARED = Path("../shared/data")
 TUNED_RATE = 0.01
+
+
+def named(name: str) -> str:
+    """A name on the command line: one method, or several with `+` between them."""
+    unknown = set(name.split("+")) - set(METHODS)
+    if unknown:
+        raise argparse.ArgumentTypeError(f"no recipe for {', '.join(sorted(unknown))}; there are {', '.join(METHODS)}")
+    return name
 
 
 def outside(chosen: argparse.Namespace) -> Recipe:
@@ -46,8 +61,9 @@ def outside(chosen: argparse.Namespace) -> Recipe:
 
 
 def recipe(name: str, seed: int, chosen: argparse.Namespace) -> Recipe:
-    """The recipe of one run."""
-    made: Recipe = yaml.safe_load((RECIPES / f"{name}{END}.yaml").read_text())
+    """The recipe of one run; of a combination that of the first with the methods of the others."""
+    made, *others = [yaml.safe_load((RECIPES / f"{part}{END}.yaml").read_text()) for part in name.split("+")]
+    made["methods"] = [method for one in (made, *others) for method in one.get("methods", [])]
     made |= {"seed": seed, "epochs": chosen.epochs, "probes": []}
     innermost(made["data"]).update({"root": chosen.data, "hold_out": 5000, "per_class": chosen.per_class})
     made["data"] = asked_for(made["data"], chosen)
@@ -55,7 +71,7 @@ def recipe(name: str, seed: int, chosen: argparse.Namespace) -> Recipe:
         stages = [chosen.epochs // 4] * 3 + [chosen.epochs // 2]
         made["epochs"] = sum(stages)
         made["data"]["init_args"]["epochs"] = made["schedule"]["init_args"]["epochs"] = stages
-    for method in made.get("methods", []):
+    for method in made["methods"]:
         if method["class_path"].endswith(".LabelRefinery"):  # whose sub-trainings are half as long
             method["init_args"]["epochs"] = max(1, chosen.epochs // 2)
         if method["class_path"].endswith(".Autogenous"):  # which groups classes by what a plain network confuses
@@ -133,7 +149,8 @@ def table(chosen: argparse.Namespace) -> Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=METHODS, default=METHODS, help="these methods")
+    every = [*METHODS, *COMBINATIONS]
+    parser.add_argument("--only", nargs="+", type=named, default=every, help="these, e.g. cutmix or cutmix+shake_drop")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--per-class", type=int, default=2000, help="training images of each class")
