@@ -104,6 +104,7 @@ METHODS = {idea.name: idea.class_path for idea in ideas() if idea.kind == "metho
 APART = [
     {"FeatureFusion", "NativeEnsemble"},
     {"Planting", "FreezeOscillations"},
+    {"Planting", "NoiseInjection"},
     {"Planting", "ParametricNoise"},
     {"Planting", "SignFlips"},
 ]

@@ -30,7 +30,9 @@ from galago.probe import Deployed
 from galago.probes.cost import Cost
 from galago.quantize.lsq import LSQ, LSQWeight
 from galago.quantize.min_max import MinMax
+from galago.quantize.oscillation import FreezeOscillations
 from galago.quantize.quantize import Quantize
+from galago.quantize.sign_flips import SignFlips
 from galago.recipe import Parts
 from galago.run import Run, load
 from galago.tasks.classify import Classify
@@ -324,6 +326,13 @@ def test_what_cannot_be_planted_is_said_before_training() -> None:
         planting().prepare(nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), TinyImages())
     with pytest.raises(UserError, match="the teacher tells 4 classes apart"):
         planting(distill=distill(classes=4)).prepare(tiny_network(), TinyImages())
+
+
+@pytest.mark.parametrize("counting", [FreezeOscillations, SignFlips])
+def test_what_keeps_a_number_for_each_weight_is_refused_once_a_layer_has_grown(counting: type[Method]) -> None:
+    started = trial(Quantize(LSQWeight(4), LSQ(4), stream=MinMax(8)), counting())
+    with pytest.raises(UserError, match=f"{counting.__name__} keeps a number for each weight, and .* another size now"):
+        started.step(0)
 
 
 @pytest.mark.parametrize("other", [CutMix, lambda: Quantize(LSQWeight(4), LSQ(4), stream=MinMax(8))])

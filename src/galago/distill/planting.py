@@ -36,7 +36,8 @@ chosen here, formulas and defaults included:
   keeps its shape. `restore_best` picks among the epochs behind the last planting.
 - List it behind `Quantize` and whatever else changes layers. Quantizers of weights need a zero (`EWGSWeight` has none)
   and a range that new weights leave alone. Methods that keep a number for each weight (`FreezeOscillations`,
-  `SignFlips`) belong in a second recipe, which begins with `galago.run.load`, as does a last training of all weights.
+  `SignFlips`) or run layers twice (`NoiseInjection`, `ParametricNoise`) belong in a second recipe, which begins with
+  `galago.run.load`, as does a last training of all weights.
 """
 
 from __future__ import annotations

@@ -187,12 +187,12 @@ class FreezeOscillations(Method):
         """Behind the optimizer's step: frozen weights go back, then the others are counted.
 
         Raises:
-            UserError: a method that came later has added layers.
+            UserError: a method that came later has added layers, or made one larger.
         """
         apply()
-        layers = same_layers(model, len(self.tracked), "FreezeOscillations")
-        for layer, tracked in zip(layers, self.tracked, strict=True):
-            assert isinstance(tracked, Tracked)
+        known = [tracked for tracked in self.tracked if isinstance(tracked, Tracked)]
+        layers = same_layers(model, [tracked.codes.shape for tracked in known], "FreezeOscillations")
+        for layer, tracked in zip(layers, known, strict=True):
             if layer.resting is None:
                 weight, quantizer = layer.layer.get_parameter("weight").data, weight_quantizer_of(layer)
                 self.hold(weight, tracked, quantizer)

@@ -7,6 +7,8 @@ network is an ordinary quantized one, which trains on, is exported and verified 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -31,21 +33,29 @@ def weight_quantized(model: nn.Module) -> dict[str, QuantLayer]:
     return found
 
 
-def same_layers(model: nn.Module, known: int, method: str) -> list[QuantLayer]:
+def same_layers(model: nn.Module, known: Sequence[torch.Size], method: str) -> list[QuantLayer]:
     """The layers whose weight is quantized, which are those that were there in `prepare`.
 
     Args:
         model: as it is now.
-        known: how many there were.
-        method: that counts layer by layer.
+        known: the shapes of their weights then.
+        method: that keeps numbers for each layer or weight.
 
     Raises:
-        UserError: a method that came later has added layers.
+        UserError: a method that came later has added layers, or made one larger.
     """
-    layers = list(weight_quantized(model).values())
-    if len(layers) != known:
-        raise UserError(f"{method} knows {known} of {len(layers)} quantized layers; list it behind what adds layers")
-    return layers
+    layers = weight_quantized(model)
+    if len(layers) != len(known):
+        raise UserError(
+            f"{method} knows {len(known)} of {len(layers)} quantized layers; list it behind what adds layers"
+        )
+    for (path, layer), shape in zip(layers.items(), known, strict=True):
+        if layer.layer.get_parameter("weight").shape != shape:
+            raise UserError(
+                f"{method} keeps a number for each weight, and {path} has another size now; take it out of this recipe"
+                " and into a second one, which begins with the finished run (galago.run.load)"
+            )
+    return list(layers.values())
 
 
 def weight_quantizer_of(layer: QuantLayer) -> Quantizer:

@@ -88,15 +88,19 @@ class SignFlips(Method):
         """Begins to count anew.
 
         Raises:
-            UserError: a method that came later has added layers.
+            UserError: a method that came later has added layers, or made one larger.
         """
-        for layer in same_layers(model, len(list(self.buffers())), "SignFlips"):
+        for layer in self.layers(model):
             record_of(layer).flips.zero_()
             record_of(layer).steps.zero_()
         return model
 
+    def layers(self, model: nn.Module) -> list[QuantLayer]:
+        """Those that are counted, as they were at the start."""
+        return same_layers(model, [signs.shape for signs in self.buffers()], "SignFlips")
+
     def update(self, model: nn.Module, apply: Callable[[], None]) -> None:
-        layers = list(weight_quantized(model).values())
+        layers = self.layers(model)
         before = [positive(layer) for layer in layers]
         apply()
         for number, (layer, signs) in enumerate(zip(layers, before, strict=True)):
