@@ -5,13 +5,14 @@
     python benchmarks/distillers.py --noise 0.4                 # with 40 % of the labels drawn anew
     python benchmarks/distillers.py --imbalance 50              # with rare classes
     python benchmarks/distillers.py --student mobilenet_v2    # another gap to the teacher
+    python benchmarks/distillers.py --bits 2 --only plain kd at fitnet ffl    # students that are quantized (EWGS)
     python benchmarks/distillers.py --table                     # only the table of what is done
 
 ResNet-20 from random weights; the teacher, where there is one, is the published ResNet-56. Each method is its recipe of
 `recipes/distill/`, shortened; `plain` is the same without a method. Under noise and imbalance the teacher stays the
 published one, which has seen clean labels. 5,000 training images are set aside, on which accuracy is measured beside
 the test images, of which there may be a thousand only (the teacher has seen them, no student has). Runs are trained and
-measured in PyTorch; `galago ship` with the recipe itself makes and proves the file. Finished runs are skipped and
+measured in PyTorch; under `--bits` they begin with published float weights, as in `recipes/distill/kd_w2a2…`; `galago ship` with the recipe itself makes and proves the file. Finished runs are skipped and
 interrupted ones continued, so the command can be given again.
 """
 
@@ -48,12 +49,24 @@ def recipe(name: str, seed: int, chosen: argparse.Namespace) -> Recipe:
     made["probes"] = [*made.get("probes", ()), {"class_path": "galago.probes.calibration.Calibration"}]
     if name == "plain":
         made["methods"] = []
+    if chosen.bits:
+        quantized(made, chosen.bits)
     return made
+
+
+def quantized(made: Recipe, bits: int) -> None:
+    """The recipe with the network, the quantizers and the optimizer of the 2-bit recipe, at so many bits."""
+    low: Recipe = yaml.safe_load((RECIPES / "distill" / "kd_w2a2_resnet20_cifar10.yaml").read_text())
+    quantize = low["methods"][0]
+    for side in ("weight", "input"):
+        quantize["init_args"][side]["init_args"]["bits"] = bits
+    made |= {"model": low["model"], "optimizer": low["optimizer"], "methods": [quantize, *made["methods"]]}
 
 
 def folder(name: str, seed: int, chosen: argparse.Namespace) -> Path:
     """Where a run lies."""
     kind = f"{chosen.student}_{chosen.epochs}"
+    kind += f"_w{chosen.bits}a{chosen.bits}" if chosen.bits else ""
     kind += f"_noise{chosen.noise:g}" if chosen.noise else ""
     kind += f"_imbalance{chosen.imbalance:g}" if chosen.imbalance else ""
     return Path(chosen.runs) / kind / f"{name}_seed{seed}"
@@ -80,6 +93,7 @@ def main() -> None:
     parser.add_argument("--student", choices=STUDENTS, default="resnet20")
     parser.add_argument("--noise", type=float, default=0.0, help="share of training labels that are drawn anew")
     parser.add_argument("--imbalance", type=float, default=0.0, help="the largest class over the smallest")
+    parser.add_argument("--bits", type=int, default=0, help="of the student's weights and inputs; float without it")
     parser.add_argument("--data", default="data", help="folder with CIFAR-10's binary files")
     parser.add_argument("--runs", default="runs/distillers", help="where runs are kept")
     parser.add_argument("--table", action="store_true", help="train nothing, only show what is done")
