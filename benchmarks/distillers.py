@@ -10,10 +10,11 @@
 
 ResNet-20 from random weights; the teacher, where there is one, is the published ResNet-56. Each method is its recipe of
 `recipes/distill/`, shortened; `plain` is the same without a method. Under noise and imbalance the teacher stays the
-published one, which has seen clean labels. 5,000 training images are set aside, on which accuracy is measured beside
-the test images, of which there may be a thousand only (the teacher has seen them, no student has). Runs are trained and
-measured in PyTorch; under `--bits` they begin with published float weights, as in `recipes/distill/kd_w2a2…`; `galago ship` with the recipe itself makes and proves the file. Finished runs are skipped and
-interrupted ones continued, so the command can be given again.
+published one, which has seen clean labels. With `--bits` students begin with published float weights, as in
+`recipes/distill/kd_w2a2_resnet20_cifar10.yaml`. 5,000 training images are set aside, on which accuracy is measured
+beside the test images, of which there may be a thousand only (the teacher has seen them, no student has, but for its
+first weights). Runs are trained and measured in PyTorch; `galago ship` with the recipe itself makes and proves the
+file. Finished runs are skipped and interrupted ones continued, so the command can be given again.
 """
 
 from __future__ import annotations
