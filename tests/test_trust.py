@@ -13,6 +13,8 @@ from galago.batch import Batch
 from galago.errors import UserError
 from galago.intervals import NOTHING, Estimate, drawn_again, estimates
 from galago.probe import Outputs, collect, collect_each
+from galago.probes.calibration import Calibration
+from galago.tasks.classify import Classify
 from galago.trust import Few, group, trust_run
 from galago.verdicts import Change, alerts, told
 from galago.views import StoredViews, fingerprint
@@ -100,6 +102,21 @@ def test_an_interval_is_that_of_the_normal_distribution_for_a_mean():
     error = 1.96 * float(outputs.output.std()) / 4000**0.5
     assert interval[1] - interval[0] == pytest.approx(2 * error, rel=0.1)
     assert sum(interval) / 2 == pytest.approx(float(outputs.output.mean()), abs=error / 10)
+
+
+def test_an_interval_holds_the_calibration_error_although_every_draw_has_a_larger_one():
+    generator = torch.Generator().manual_seed(2)
+    scores = torch.randn(600, 10, generator=generator)
+    target = torch.multinomial(scores.softmax(1), 1, generator=generator)[:, 0]  # calibrated but for chance
+
+    def score(views: dict[str, Outputs]) -> dict[str, float]:
+        return Calibration().score(views["test"], Classify(10))
+
+    found = estimates(score, {"test": Outputs(scores, torch.eye(10)[target])}, rounds=100)["ece"]
+    low, high = found.interval() or (0.0, 0.0)
+    assert np.quantile(found.draws, 0.025) > found.value - 0.001
+    assert 0 <= low < found.value < high
+    assert high - found.value < found.draws.std() * 3
 
 
 def test_views_of_one_size_are_drawn_alike_so_that_images_stay_together():

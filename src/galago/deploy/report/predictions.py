@@ -23,6 +23,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from galago.errors import UserError
+from galago.intervals import around
 from galago.probes.paired import paired_difference
 from galago.probes.selective import risks
 from galago.reliability import Bins, reliability
@@ -107,7 +108,7 @@ def compare(before: Predictions, after: Predictions, rounds: int = 1000, seed: i
     for _ in range(rounds):
         drawn = np.bincount(draws.integers(0, images, images), minlength=images)
         found.append(_differences(*tables, drawn.astype(np.float64)))
-    low, high = np.quantile(np.stack(found[1:]), [0.025, 0.975], axis=0)
+    low, high = around(found[0], np.stack(found[1:]))
     intervals = [Interval(*map(float, values)) for values in zip(found[0], low, high, strict=True)]
     worse = int((before.correct > after.correct).sum())
     better = int((after.correct > before.correct).sum())
