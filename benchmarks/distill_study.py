@@ -1,4 +1,4 @@
-"""When does a teacher help? Wrong labels, rare classes and students of three sizes, on MNIST, for six methods.
+"""When does a teacher help? Wrong labels, rare classes, students of three sizes, and answers that may be withheld.
 
     python benchmarks/distill_study.py                                  # all that is not done yet, then the table
     python benchmarks/distill_study.py --only plain kd --conditions clean noise_40
@@ -10,9 +10,10 @@ The study of Fahad Sarfraz, Elahe Arani and Bahram Zonooz, "Knowledge Distillati
 SGD at 0.1 with momentum, cosine, batch 64. The teacher, 24 channels wide, learns the same images and labels, wrong ones
 included, as in the study; students are 8 wide, and 4 and 16 under `narrow` and `wide`. `noise_…`: so many percent of
 labels are drawn anew. `rare_…`: the largest class has so many times the images of the smallest; they are shown more
-often, so that all train for as many steps. DML's peer and FFL's second branch are of the student's size. Labels of the
-10,000 test images are right and classes equal; the last weights count. Finished runs are skipped, interrupted ones
-continued.
+often, so that all train for as many steps. DML's peer and FFL's second branch are of the student's size. `ka` learns
+from the teacher put right by the labels, `gambler` may abstain, `ka_gambler` does both; images are withheld by the
+reservation or, of the others, by the least confidence. Labels of the 10,000 test images are right and classes equal;
+the last weights count. Finished runs are skipped, interrupted ones continued.
 """
 
 from __future__ import annotations
@@ -26,6 +27,14 @@ from rich.console import Console
 from rich.table import Table
 from runs import Recipe, make, measured, read, spread
 
+PAYOFFS = {"gambler": 2.2, "ka_gambler": 6.0}  # as in recipes/distill
+METRICS = {
+    "accuracy": "accuracy %",
+    "ece": "ECE %",
+    "aurc": "AURC × 100",
+    "selective_error_90": "errors % where 90 % are answered",
+    "selective_error_80": "errors % where 80 % are answered",
+}
 RATE, TEACHER, STUDENT = 0.1, 24, 8  # widths
 
 
@@ -59,11 +68,15 @@ def network(width: int) -> Recipe:
     return {"class_path": "galago.models.tiny.Tiny", "init_args": {"width": width}}
 
 
+def loaded(run: Path) -> Recipe:
+    """A finished run's network."""
+    return {"class_path": "galago.run.load", "init_args": {"run": str(run)}}
+
+
 def taught(teacher: Path, task_weight: float, lesson: str, **arguments: Any) -> list[Recipe]:
     """One lesson of a finished run."""
     lessons = [{"class_path": f"galago.distill.{lesson}", "init_args": arguments}]
-    load = {"class_path": "galago.run.load", "init_args": {"run": str(teacher)}}
-    given = {"teacher": load, "task_weight": task_weight, "lessons": lessons}
+    given = {"teacher": loaded(teacher), "task_weight": task_weight, "lessons": lessons}
     return [{"class_path": "galago.distill.distill.Distill", "init_args": given}]
 
 
@@ -71,6 +84,8 @@ def methods(teacher: Path, width: int) -> dict[str, list[Recipe]]:
     """What is compared, by name; the weights are those of `recipes/distill`."""
     mutual = {"class_path": "galago.distill.mutual.MutualLearning", "init_args": {"peers": [network(width)]}}
     fused = {"class_path": "galago.distill.feature_fusion.FeatureFusion", "init_args": {"branch_at": "down"}}
+    right = {"teacher": loaded(teacher), "temperature": 4.0}
+    adjusted = [{"class_path": "galago.distill.adjust.AdjustedTargets", "init_args": right}]
     return {
         "plain": [],
         "kd": taught(teacher, 0.1, "logits.SoftTargets", temperature=4.0, weight=0.9),
@@ -79,7 +94,17 @@ def methods(teacher: Path, width: int) -> dict[str, list[Recipe]]:
         "rkd": taught(teacher, 1.0, "relations.Relations"),
         "dml": [mutual],
         "ffl": [fused],
+        "ka": adjusted,
+        "gambler": [],
+        "ka_gambler": adjusted,
     }
+
+
+def abstaining(made: Recipe, payoff: float) -> Recipe:
+    """The recipe with an eleventh output, which holds stakes back."""
+    made["model"]["init_args"]["classes"] = 11
+    arguments = {"classes": 10, "payoff": payoff, "pretraining": 0.3333}
+    return made | {"task": {"class_path": "galago.tasks.abstain.ClassifyOrAbstain", "init_args": arguments}}
 
 
 def recipe(condition: Condition, width: int, used: list[Recipe], seed: int, chosen: argparse.Namespace) -> Recipe:
@@ -102,7 +127,10 @@ def recipe(condition: Condition, width: int, used: list[Recipe], seed: int, chos
         "data": data,
         "epochs": chosen.epochs,
         "methods": used,
-        "probes": [{"class_path": "galago.probes.calibration.Calibration"}],
+        "probes": [
+            {"class_path": "galago.probes.calibration.Calibration"},
+            {"class_path": "galago.probes.selective.Selective", "init_args": {"coverages": [90, 80]}},
+        ],
         "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": RATE, "momentum": 0.9}},
         "schedule": {"class_path": "galago.schedule.Cosine", "init_args": {"warmup": 0.05}},
     }
@@ -118,8 +146,15 @@ def train(name: str, condition: str, seed: int, chosen: argparse.Namespace) -> N
     given = CONDITIONS[condition]
     teacher = folder("teacher", given.damage, seed, chosen)
     make(teacher, recipe(given, TEACHER, [], seed, chosen))
-    used = methods(teacher, given.width)[name]
-    make(folder(name, condition, seed, chosen), recipe(given, given.width, used, seed, chosen))
+    made = recipe(given, given.width, methods(teacher, given.width)[name], seed, chosen)
+    if name in PAYOFFS:
+        made = abstaining(made, PAYOFFS[name])
+    make(folder(name, condition, seed, chosen), made)
+
+
+def number(metrics: dict[str, float], name: str) -> float:
+    """One of them; of those for every ranking of the images that by the reservation, or else by confidence."""
+    return next(metrics[full] for full in (name, f"{name}_reservation", f"{name}_confidence") if full in metrics)
 
 
 def table(metric: str, title: str, chosen: argparse.Namespace) -> Table:
@@ -130,7 +165,7 @@ def table(metric: str, title: str, chosen: argparse.Namespace) -> Table:
         for condition in chosen.conditions:
             place = CONDITIONS[condition].damage if name == "teacher" else condition
             runs = [run for seed in chosen.seeds if measured(run := folder(name, place, seed, chosen))]
-            found = [100 * read(run / "metrics.json")["model"][metric] for run in runs]
+            found = [100 * number(read(run / "metrics.json")["model"], metric) for run in runs]
             cells.append(spread(found, digits=1) if found else "")
         made.add_row(name, *cells)
     return made
@@ -155,7 +190,7 @@ def main() -> None:
             for condition in chosen.conditions:
                 for name in chosen.only:
                     train(name, condition, seed, chosen)
-    for metric, title in (("accuracy", "accuracy %"), ("ece", "ECE %")):
+    for metric, title in METRICS.items():
         Console(width=150).print(table(metric, title, chosen))
 
 
