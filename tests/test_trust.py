@@ -222,5 +222,7 @@ def test_a_recipes_own_probe_replaces_the_usual_one_of_its_class():
 def test_too_few_images_and_unfinished_runs_are_refused_in_words(tmp_path: Path):
     with pytest.raises(UserError, match="give at least 2"):
         trust_run(tmp_path, images=1)
+    with pytest.raises(UserError, match="rounds is -1; give 0 for no intervals"):
+        trust_run(tmp_path, rounds=-1)
     with pytest.raises(UserError, match=r"no recipe\.yaml"):
         trust_run(tmp_path)

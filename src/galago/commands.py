@@ -136,7 +136,7 @@ def trust_command(
         against: folder of the run that came before, a float teacher for instance.
         images: of the test, at most, spread evenly over it; by default all.
         severities: of corruptions, from 1 to 5.
-        rounds: how often the images are drawn again for the intervals.
+        rounds: how often the images are drawn again for the intervals; 0 for none.
         data_root: where the images lie, if no longer where the recipe says.
         allow: packages to import from besides galago, torch, torchvision and timm.
         json_output: print what is written to trust.json rather than a table.

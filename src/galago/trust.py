@@ -86,7 +86,7 @@ def trust_run(
         against: folder of the run that came before, a float teacher for instance.
         images: of the test, at most, spread evenly over it; none: all.
         severities: of corruptions, from 1 to 5.
-        rounds: how often the images are drawn again for the intervals.
+        rounds: how often the images are drawn again for the intervals; 0 for none.
         at_most: seconds; where it would take longer, nothing is measured.
         data_root: where the images lie, if no longer where the recipe says.
         allow: packages to import from besides galago, torch, torchvision and timm.
@@ -99,6 +99,8 @@ def trust_run(
     """
     if images is not None and images < 2:
         raise UserError(f"images is {images}; give at least 2, or leave it out for all")
+    if rounds < 0:
+        raise UserError(f"rounds is {rounds}; give 0 for no intervals, or some hundred")
     files = Run(run)
     parts = parts_of(files, allow, data_root)
     data = parts.data if images is None else Few(parts.data, images)
