@@ -15,6 +15,7 @@ from galago.data import Data
 from galago.errors import UserError
 from galago.method import Forward, Method
 from galago.quantize.quantizer import OwnRates
+from galago.regularize.label_smoothing import LabelSmoothing
 from galago.run import Run, load
 from galago.schedule import Constant, Cosine, Restarts
 from galago.tasks.classify import Classify
@@ -227,6 +228,25 @@ def test_layout_and_precision_train(tmp_path: Path, options):
     net = trained(tmp_path, epochs=1, **options)
     assert all(parameter.isfinite().all() for parameter in net.parameters())
     assert next(net.parameters()).dtype == torch.float32
+
+
+class Targets(Method):
+    """Keeps the targets of the training batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Tensor] = []
+
+    def step(self, batch: Batch, inner: Forward) -> Step:
+        self.seen.append(batch.target)
+        return inner(batch)
+
+
+def test_mixed_precision_leaves_targets_as_they_are(tmp_path: Path):
+    targets = Targets()
+    trained(tmp_path, epochs=1, precision="bf16-mixed", methods=[LabelSmoothing(0.1), targets])
+    assert {target.dtype for target in targets.seen} == {torch.float32}
+    torch.testing.assert_close(targets.seen[0].max(1).values, torch.full((len(targets.seen[0]),), 0.95))
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run_in_words(tmp_path: Path):

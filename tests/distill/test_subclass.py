@@ -194,6 +194,12 @@ def test_an_image_that_is_only_a_neighbor_gets_no_gradient() -> None:
         assert not gradient[1:].any()
 
 
+def test_targets_in_half_precision_are_as_certain() -> None:
+    target = one_hot(torch.tensor([0, 1, 0, 1]))
+    assert torch.equal(partners(target.bfloat16()), partners(target))
+    assert partners(target.bfloat16()).any()
+
+
 def test_where_answers_within_a_class_are_equal_there_is_nothing_to_learn_from_them() -> None:
     _, embedding, target = some()
     logits = torch.randn(4, 4, generator=torch.Generator().manual_seed(2)).double()[target.argmax(1)]

@@ -77,7 +77,7 @@ def partners(target: Tensor) -> Tensor:
             [ True, False, False],
             [False, False, False]])
     """
-    certainty, label = target.max(1)
+    certainty, label = target.float().max(1)
     certain = certainty > 1 - 1e-6
     same = (label[:, None] == label) & certain[:, None] & certain
     return same & ~torch.eye(len(same), dtype=torch.bool, device=same.device)
