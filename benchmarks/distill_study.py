@@ -7,7 +7,7 @@
 
 The study of Fahad Sarfraz, Elahe Arani and Bahram Zonooz, "Knowledge Distillation Beyond Model Compression"
 (arXiv:2007.01922), in small: little residual networks (`galago.models.tiny`) learn `--per-class` images of each digit;
-SGD at 0.1 with momentum, cosine, batch 64. The teacher, 24 channels wide, learns the same images and labels, wrong ones
+SGD at 0.1 with momentum, cosine, batch 16. The teacher, 24 channels wide, learns the same images and labels, wrong ones
 included, as in the study; students are 8 wide, and 4 and 16 under `narrow` and `wide`. `noise_…`: so many percent of
 labels are drawn anew. `rare_…`: the largest class has so many times the images of the smallest; they are shown more
 often, so that all train for as many steps. DML's peer and FFL's second branch are of the student's size. `ka` learns
@@ -109,7 +109,7 @@ def abstaining(made: Recipe, payoff: float) -> Recipe:
 
 def recipe(condition: Condition, width: int, used: list[Recipe], seed: int, chosen: argparse.Namespace) -> Recipe:
     """The recipe of one run; seeds decide what is damaged, too."""
-    shown = {"batch_size": 64, "per_class": chosen.per_class, "split_seed": seed, "augment": [], "hold_out": 1000}
+    shown = {"batch_size": 16, "per_class": chosen.per_class, "split_seed": seed, "augment": [], "hold_out": 200}
     data: Recipe = {"class_path": "galago.datasets.idx.MNIST", "init_args": {"root": chosen.mnist, **shown}}
     if condition.noise:
         noisy = {"rate": condition.noise, "damage_seed": seed, "data": data}
