@@ -175,6 +175,9 @@ def test_every_recipe_trains_two_steps(path: Path, tmp_path: Path):
     assert Run(tmp_path / "run").finished
     steps = [line["step"] for line in Run(tmp_path / "run").history() if line["kind"] == "epoch"]
     assert steps[-1] >= 2
+    last = [line for line in Run(tmp_path / "run").history() if line["kind"] == "step"][-1]
+    nothing = {name for name, value in last.items() if value == 0}
+    assert nothing <= {"epoch", "learning_rate", "cross_entropy"}, "a method's loss does nothing"  # a task's may
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=NAMES)
