@@ -31,8 +31,10 @@ MIXED = ("bf16-mixed", "16-mixed")
 
 
 class Mixed(MixedPrecision):
-    """Half precision in the layers that gain from it. What goes in stays as it is: Lightning would round targets, too,
-    so that 0.9 becomes 0.8984 and shares of mixed images do not add up."""
+    """Half precision in the layers that gain from it, while what goes into a step stays as it is.
+
+    Lightning would round targets, too, so that 0.9 becomes 0.8984 and the shares of mixed images do not add up.
+    """
 
     def convert_input(self, data: Any) -> Any:
         return data
