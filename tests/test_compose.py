@@ -88,7 +88,7 @@ BEFORE = {
     "StatAssist": "Quantize",
 }
 FIRST = {"Equalize", "Smooth"}  # which change the float network
-FIRST |= {"SelfChallenging"}  # which looks for its layer in a network without branches
+FIRST |= {"SelfChallenging", "SubclassDistillation"}  # which look for their layer in a network without branches
 LATE = {"ShakeDrop", "StochasticDepth"}  # which stand inside the quantizers that they find
 FOREMOST = {"MLTP", "OnlineLabelRefinery"}  # which give parts of a batch to the rest of the list
 SECOND = {"AugMix"}  # which makes three of every image

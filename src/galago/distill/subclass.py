@@ -24,6 +24,8 @@ blobs they do.
 Usual setting: the paper's values could not be had; the defaults are design choices (k = 1, T = 3, λ_s = 1, λ_e = 0.1,
 a ramp over a tenth of the training, batches of 128 for ten classes).
 
+List it in front of what branches the network (`FeatureFusion`, `NativeEnsemble`).
+
 Recipe: recipes/distill/oskd_resnet20_cifar10.yaml.
 
 Of the paper only the idea could be had: that neighbors within a class are the subclass is recalled, every formula is a
