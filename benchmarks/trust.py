@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--cells", default="data/cells", help="folder of recipes/bccd/crop_cells.py")
     parser.add_argument("--table", action="store_true", help="measure nothing, only show what is done")
     chosen = parser.parse_args()
-    if not chosen.table:
+    if CONTROL in chosen.only and not chosen.table:
         make(run_of(chosen, CONTROL), control(chosen))
     for bits in () if chosen.table else chosen.only:
         run = run_of(chosen, bits)

@@ -74,7 +74,8 @@ def test_pretrained_layers_are_kept_and_the_head_is_new(monkeypatch: pytest.Monk
     real = torchvision.models.get_model
 
     def fetch(name: str, weights: str | None = None, **options: object) -> nn.Module:
-        return published if weights == "DEFAULT" else real(name, weights=None, **options)  # type: ignore[no-any-return]
+        made: nn.Module = real(name, weights=None, **options)
+        return published if weights == "DEFAULT" else made
 
     monkeypatch.setattr(torchvision.models, "get_model", fetch)
     model = torchvision_model("resnet18", classes=3, channels=1, pretrained=True)
