@@ -2,6 +2,7 @@
 
     python benchmarks/planting.py                               # all that is not done yet, then the tables
     python benchmarks/planting.py --epochs 200 --seeds 0 1
+    python benchmarks/planting.py --teacher resnet20 --epochs 20 --first 8 --every 2 --trial 30     # in an hour
     python benchmarks/planting.py --table                       # only the tables of what is done
 
 `recipes/distill/planting_cifar10.yaml` is trained as it is; with layers chosen at random in place of those that gain
@@ -31,7 +32,6 @@ from galago.spec import rebuild
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "distill" / "planting_cifar10.yaml"
-TEACHER = ROOT / "recipes" / "published" / "resnet56_cifar10.yaml"
 VARIANTS = ("planted", "planted at random", "same network, distilled", "same network, labels alone")
 
 
@@ -41,6 +41,11 @@ class AtRandom(Planting):
     def score(self, model: nn.Module, place: Junction, gain: float) -> float:
         number = sum(map(ord, place.layer)) + 1000 * len(self.planted)
         return float(torch.rand((), generator=torch.Generator().manual_seed(number)))
+
+
+def teacher(chosen: argparse.Namespace) -> str:
+    """The name of its recipe in `recipes/published`."""
+    return f"{chosen.teacher}_cifar10"
 
 
 def like(run: Path) -> nn.Module:
@@ -59,6 +64,12 @@ def varied(variant: str, seed: int, chosen: argparse.Namespace) -> dict[str, Any
     recipe["data"]["init_args"]["root"] = chosen.data
     recipe["schedule"]["init_args"]["epochs"] = epochs
     (method,) = recipe["methods"]
+    method["init_args"]["distill"]["init_args"]["teacher"]["init_args"]["run"] = f"runs/published/{teacher(chosen)}"
+    for name in ("first", "every", "trial"):
+        if (given := getattr(chosen, name)) is not None:
+            for place in (recipe["schedule"], method):
+                if name in place["init_args"]:
+                    place["init_args"][name] = given
     if variant == "planted at random":
         method["class_path"] = "__main__.AtRandom"
         method["init_args"]["patience"] = epochs  # a lot that gains nothing says nothing about the next one
@@ -72,7 +83,8 @@ def varied(variant: str, seed: int, chosen: argparse.Namespace) -> dict[str, Any
 
 def folder(variant: str, seed: int, epochs: int, chosen: argparse.Namespace) -> Path:
     """Where a run lies."""
-    return Path(chosen.runs) / f"{epochs}_epochs" / f"{''.join(c if c.isalnum() else '_' for c in variant)}_seed{seed}"
+    name = "".join(c if c.isalnum() else "_" for c in variant)
+    return Path(chosen.runs) / f"{chosen.teacher}_{epochs}_epochs" / f"{name}_seed{seed}"
 
 
 def train(recipe: dict[str, Any]) -> None:
@@ -98,13 +110,17 @@ def table(run: Run) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--epochs", type=int, help="of 45,000 images; the recipe's by default")
+    parser.add_argument("--epochs", type=int, help="all of them; the recipe's by default, as the next three")
+    parser.add_argument("--first", type=int, help="epochs before the first planting")
+    parser.add_argument("--every", type=int, help="epochs between two")
+    parser.add_argument("--trial", type=int, help="batches that each layer is tried with")
+    parser.add_argument("--teacher", choices=("resnet20", "resnet56"), default="resnet56", help="published")
     parser.add_argument("--data", default="data", help="folder with CIFAR-10's binary files")
     parser.add_argument("--runs", default="runs/planting", help="where runs are kept")
     parser.add_argument("--table", action="store_true", help="train nothing, only show what is done")
     chosen = parser.parse_args()
     if not chosen.table:
-        train_recipe(["--config", str(TEACHER)])
+        train_recipe(["--config", str(ROOT / "recipes" / "published" / f"{teacher(chosen)}.yaml")])
     for seed in chosen.seeds:
         for variant in VARIANTS:
             recipe = varied(variant, seed, chosen)

@@ -20,7 +20,7 @@ has quantizers of its own, the fusion module none. In front of it, only the bran
 Usual setting (public code for CIFAR-100, and the defaults): N = 2, T = 3, the ramp over 80 of 300 epochs, SGD at 0.1
 with Nesterov momentum 0.9, a tenth from epochs 150 and 225 on, batch 128, decay 1e-4, 1e-5 for the fusion module.
 
-Recipes: recipes/distill/ffl_resnet20_cifar10.yaml, recipes/distill/ffl_mixed_cifar10.yaml (two architectures),
+Recipes: recipes/distill/ffl_resnet20_cifar10.yaml, recipes/distill/ffl_mixed_resnet20_cifar10.yaml (two architectures),
 recipes/distill/ffl_w4a4_resnet20_cifar10.yaml.
 
 Chosen here (the public code has two equal branches): maps of different sizes are averaged to the smallest height and

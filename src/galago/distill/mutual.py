@@ -12,7 +12,7 @@ as small and as fast as without.
 
 Usual setting (and the default): one peer of the same architecture, T = 1, both losses with weight 1.
 
-Recipe: recipes/distill/dml_resnet20_cifar10.yaml.
+Recipes: recipes/distill/dml_resnet20_cifar10.yaml, recipes/distill/dml_mixed_resnet20_cifar10.yaml (two architectures).
 
 All networks are updated together, after one forward pass each (the paper's equations, the cheaper way). `sequential`
 is the paper's algorithm: the model is updated first, then peer by peer, and each learns from what those before it say
