@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from galago.quantize.blocks import in_blocks
+from galago.quantize.blocks import in_blocks, inner_product
 from galago.quantize.quantizer import Grid, OwnRates, Quantizer, along, check_bits
 
 SHORTEST = 1e-3  # segment, as in the public code
@@ -119,7 +119,10 @@ class _ThresholdRound(torch.autograd.Function):
             return gradients(x, grad, start, segments, gain, scale)
 
         grad_x, grad_gain, grad_scale, *sums = in_blocks(compute, x, grads[0])
-        steepness, length = torch.stack(sums).view(2, -1)  # for each segment: sum of g / a, and of g (z - t) / a^2
+        upstream, moment = torch.stack(sums).view(2, -1)
+        spans = lengths(segments)
+        steepness = upstream / spans  # sum of g / a
+        length = (moment - upstream * ends(start, segments)[:-1]) / spans**2  # sum of g (z - t) / a^2
         interval = scale.clamp_min(SMALLEST_SCALE) * WIDTH / len(segments)
         later = steepness.sum() - steepness.cumsum(0)
         grad_segments = -interval * (length + later) * (segments > SHORTEST)
@@ -129,23 +132,25 @@ class _ThresholdRound(torch.autograd.Function):
 def gradients(
     x: Tensor, grad: Tensor, start: Tensor, segments: Tensor, gain: Tensor, scale: Tensor
 ) -> tuple[Tensor, ...]:
-    """Of the input, the gain and the scale; then for each segment `sum g / a`, and for each `sum g (z - t) / a^2`."""
+    """Of the input, the gain and the scale; then for each segment `sum g`, and for each `sum g z`."""
     wide = x.to(torch.promote_types(x.dtype, gain.dtype))
     z, grad = wide * gain, grad.to(wide.dtype)
-    edges, spans, borders = ends(start, segments), lengths(segments), thresholds(start, segments)
+    turned, edges = grad * z, ends(start, segments)
     slope, beyond = torch.zeros_like(z), above(z, edges[0])
-    steepness, length = [], []
-    for low, high, span in zip(edges[:-1], edges[1:], spans, strict=True):
+    upstream, moment = [], []
+    for high, steepness in zip(edges[1:], 1 / lengths(segments), strict=True):
         further = above(z, high)
-        share = (beyond - further) * grad / span  # of those in the segment, its upper end included
-        slope, beyond = slope + share, further
-        steepness.append(share.sum())
-        length.append((share * (z - low)).sum() / span)
-    code = count_exceeded(z, borders)
+        inside = beyond - further  # 1 in the segment, its upper end included
+        slope, beyond = slope + inside * steepness, further
+        upstream.append(inner_product(inside, grad))
+        moment.append(inner_product(inside, turned))
+    slope = slope * grad
+    code = count_exceeded(z, thresholds(start, segments))
     interval = WIDTH / len(segments)
     positive = scale.clamp_min(SMALLEST_SCALE)
-    grad_gain = positive * interval * (slope * wide).sum()
-    return slope * (positive * gain * interval), grad_gain, interval * (grad * code).sum(), *steepness, *length
+    grad_gain = positive * interval * inner_product(slope, wide)
+    grad_scale = interval * inner_product(grad, code)
+    return slope * (positive * gain * interval), grad_gain, grad_scale, *upstream, *moment
 
 
 def level_distance(scale: Tensor, steps: int) -> Tensor:
