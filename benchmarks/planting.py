@@ -109,6 +109,7 @@ def table(run: Run) -> Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=VARIANTS, help="these variants")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--epochs", type=int, help="all of them; the recipe's by default, as the next three")
     parser.add_argument("--first", type=int, help="epochs before the first planting")
@@ -122,7 +123,7 @@ def main() -> None:
     if not chosen.table:
         train_recipe(["--config", str(ROOT / "recipes" / "published" / f"{teacher(chosen)}.yaml")])
     for seed in chosen.seeds:
-        for variant in VARIANTS:
+        for variant in chosen.only:
             recipe = varied(variant, seed, chosen)
             if not chosen.table:
                 train(recipe)
