@@ -73,7 +73,9 @@ def tried(name: str, mode: str, images: str, folder: Path) -> dict[str, Any]:
 
     torch.manual_seed(0)
     library, _, model_name = name.partition(":")
-    data = ImageFolder(few(Path(images), folder / "images"), size=SIZES[name], batch_size=12, check=False, augment=[])
+    data = ImageFolder(
+        str(few(Path(images), folder / "images")), size=SIZES[name], batch_size=12, check=False, augment=[]
+    )
     classes = len(data.classes)
     model = {"timm": timm_model, "torchvision": torchvision_model}[library](model_name, classes)
     with torch.no_grad():

@@ -86,8 +86,8 @@ class TeacherAlone(Method):
 def step_of(method: Method | None, batch: Batch, bf16: bool, compiled: bool) -> Step:
     """One training step as a function."""
     torch.manual_seed(0)
-    model: nn.Module = resnet20().to(batch.input.device, memory_format=torch.channels_last)
-    methods = [] if method is None else [method.to(batch.input.device, memory_format=torch.channels_last)]
+    model: nn.Module = resnet20().to(batch.input.device).to(memory_format=torch.channels_last)
+    methods = [] if method is None else [method.to(batch.input.device).to(memory_format=torch.channels_last)]
     for each in methods:
         model = each.prepare(model, Images())
     learning = [p for module in (model, *methods) for p in module.parameters() if p.requires_grad]
@@ -100,7 +100,7 @@ def step_of(method: Method | None, batch: Batch, bf16: bool, compiled: bool) -> 
     def step() -> None:
         with torch.autocast(batch.input.device.type, torch.bfloat16, enabled=bf16):
             loss = forward(batch).loss
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
         if batch.input.is_cuda:
@@ -152,8 +152,10 @@ def main() -> None:
     steps = {name: step_of(method, batch, chosen.bf16, chosen.compile) for name, method in methods.items()}
     if INSTALLED and not chosen.compile:
         for name in filter(PEERS.__contains__, chosen.only):
-            pair = (one.to(chosen.device, memory_format=torch.channels_last) for one in (resnet56(), resnet20()))
-            steps[f"torchdistill: {name}"] = peer_step(name, *pair, images, labels.argmax(1), chosen.bf16)
+            first, second = (
+                one.to(images.device).to(memory_format=torch.channels_last) for one in (resnet56(), resnet20())
+            )
+            steps[f"torchdistill: {name}"] = peer_step(name, first, second, images, labels.argmax(1), chosen.bf16)
     times = measured(steps, chosen.steps)
     memory = {name: most_memory(step, chosen.device) for name, step in steps.items()}
     how = f"{'bf16' if chosen.bf16 else 'fp32'}, {'compiled' if chosen.compile else 'eager'}, {chosen.device}"

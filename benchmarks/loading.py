@@ -14,7 +14,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -33,10 +33,10 @@ class Case(NamedTuple):
 
     name: str
     data: ImageData
-    peer: Dataset
+    peer: Dataset[Any]
 
 
-class PeerPixels(Dataset):
+class PeerPixels(Dataset[tuple[torch.Tensor, int]]):
     """Images in memory as torchvision's CIFAR10 serves them: a PIL image, transformed one by one."""
 
     def __init__(self, data: ImageData, transform: v2.Transform) -> None:
@@ -68,7 +68,7 @@ def cases(cifar: str | None, images: str | None) -> Iterable[Case]:
         yield Case("image folder at 224", ImageFolder(images, hold_out=0.01), peer)
 
 
-def rate(loader: Iterable, batch_size: int, seconds: float) -> float:
+def rate(loader: Iterable[Any], batch_size: int, seconds: float) -> float:
     """Images a second, from the first request on, in about so many seconds."""
     start, count = time.perf_counter(), 0
     for _ in loader:
@@ -90,14 +90,14 @@ def compare(case: Case, workers: int, seconds: float, rounds: int) -> tuple[floa
     return statistics.median(mine), statistics.median(theirs)
 
 
-def epochs(data: Data, first: int) -> Iterable:
+def epochs(data: Data, first: int) -> Iterable[Any]:
     """Epoch after epoch."""
     while True:
         yield from data.train(first)
         first += 1
 
 
-def repeated(loader: DataLoader) -> Iterable:
+def repeated(loader: DataLoader[Any]) -> Iterable[Any]:
     """The same loader again and again."""
     while True:
         yield from loader

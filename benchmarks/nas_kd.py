@@ -54,7 +54,7 @@ def size(network: nn.Module) -> int:
 def at_random(found: CellNetwork, depths: list[int], seed: int) -> CellNetwork:
     """Of so many networks of the same space, the nearest in size."""
     lot = random.Random(seed)
-    nodes = found.cells[0].nodes
+    nodes = found.closed()[0].nodes
     kept = [
         (
             [
@@ -73,7 +73,7 @@ def at_random(found: CellNetwork, depths: list[int], seed: int) -> CellNetwork:
 def hand_made(found: CellNetwork) -> CellNetwork:
     """Convolutions of 3 on all edges, as deep as the found network, and as wide as its size allows."""
     conv = Operation.conv_3
-    genotype = [(node, node + start, conv) for node in range(found.cells[0].nodes) for start in (0, 1)]
+    genotype = [(node, node + start, conv) for node in range(found.closed()[0].nodes) for start in (0, 1)]
     made = [CellNetwork(found.space, genotype, found.classes, found.depth, width) for width in range(4, 129)]
     return min(made, key=lambda network: abs(size(network) - size(found)))
 

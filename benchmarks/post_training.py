@@ -67,7 +67,7 @@ def quantize(
     )
 
 
-ROUNDING = {"iterations": 300, "rate": 0.03}
+ITERATIONS, RATE = 300, 0.03
 WAYS: dict[str, Way] = {
     "nearest": lambda w, a: [quantize(w, a)],
     "nearest, weights of 7 bits": lambda w, a: [quantize(w, a, reduce_range=True)],
@@ -76,9 +76,12 @@ WAYS: dict[str, Way] = {
     "equalized, a range a tensor": lambda w, a: [Equalize(), quantize(w, a, CalibratedWeight(w, per_channel=False))],
     "bias correction": lambda w, a: [quantize(w, a), CorrectBias()],
     "GPTQ": lambda w, a: [quantize(w, a), GPTQ()],
-    "AdaRound": lambda w, a: [quantize(w, a), AdaRound(**ROUNDING)],
-    "BRECQ": lambda w, a: [quantize(w, a, learned=True), BRECQ(**ROUNDING, scale_iterations=150, scale_rate=1e-3)],
-    "QDrop": lambda w, a: [quantize(w, a, learned=True), BRECQ(**ROUNDING, drop=0.5, scale_iterations=0)],
+    "AdaRound": lambda w, a: [quantize(w, a), AdaRound(ITERATIONS, rate=RATE)],
+    "BRECQ": lambda w, a: [
+        quantize(w, a, learned=True),
+        BRECQ(ITERATIONS, rate=RATE, scale_iterations=150, scale_rate=1e-3),
+    ],
+    "QDrop": lambda w, a: [quantize(w, a, learned=True), BRECQ(ITERATIONS, rate=RATE, drop=0.5, scale_iterations=0)],
 }
 
 
@@ -107,7 +110,7 @@ FEW: dict[str, Way] = {
 
 def data(root: str) -> Data:
     """CIFAR-10 as the published weights know it, not augmented."""
-    return CIFAR10(Path(root), batch_size=128, augment=[], mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
+    return CIFAR10(root, batch_size=128, augment=[], mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
 
 
 def cell(way: Way | None, network: str, widths: str, seed: int, root: str) -> dict[str, float]:

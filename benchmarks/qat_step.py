@@ -50,6 +50,10 @@ Step = Callable[[], None]
 class TorchLearnable(Quantizer):
     """PyTorch's own fake-quantize with a learned scale, one step a tensor."""
 
+    low: int
+    high: int
+    zero: Tensor
+
     def __init__(self, bits: int, signed: bool) -> None:
         super().__init__()
         self.bits = bits
@@ -115,7 +119,7 @@ def variants(model: nn.Module, bits: int, only: Sequence[str] | None = None) -> 
 
 def step_of(model: nn.Module, images: Tensor, labels: Tensor, bf16: bool, compiled: bool) -> Step:
     """One training step as a function; ranges are set from the images first."""
-    model = model.to(images.device, memory_format=torch.channels_last).train()
+    model = model.to(images.device).to(memory_format=torch.channels_last).train()
     for module in model.modules():
         if isinstance(module, QuantLayer):
             module.observing = True
@@ -128,7 +132,7 @@ def step_of(model: nn.Module, images: Tensor, labels: Tensor, bf16: bool, compil
     def step() -> None:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
             loss = nn.functional.cross_entropy(model(images), labels)
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
         if images.is_cuda:
@@ -159,7 +163,7 @@ def most_memory(step: Step, device: str) -> float:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
         step()
     events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
-    return max(accumulate(e.nbytes() for e in sorted(events, key=lambda event: event.start_ns()))) / 1e6
+    return max(accumulate(float(e.nbytes()) for e in sorted(events, key=lambda event: event.start_ns()))) / 1e6
 
 
 def table(times: dict[str, list[float]], memory: dict[str, float], title: str) -> Table:

@@ -126,7 +126,7 @@ def speed(times: dict[str, Any]) -> str:
 def worst(proof: dict[str, Any]) -> float:
     """The least share of equal codes in any layer and engine."""
     checks = [check for check in proof.values() if isinstance(check, dict)]
-    return min(layer["equal"] for check in checks for layer in check.get("layers", []))
+    return min(float(layer["equal"]) for check in checks for layer in check.get("layers", []))
 
 
 def arguments() -> argparse.Namespace:

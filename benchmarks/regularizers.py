@@ -62,6 +62,7 @@ def outside(chosen: argparse.Namespace) -> Recipe:
 
 def recipe(name: str, seed: int, chosen: argparse.Namespace) -> Recipe:
     """The recipe of one run; of a combination that of the first with the methods of the others."""
+    made: Recipe
     made, *others = [yaml.safe_load((RECIPES / f"{part}{END}.yaml").read_text()) for part in name.split("+")]
     made["methods"] = [method for one in (made, *others) for method in one.get("methods", [])]
     made |= {"seed": seed, "epochs": chosen.epochs, "probes": []}

@@ -57,7 +57,7 @@ def step_of(parts: Any, batch: Batch, chosen: argparse.Namespace, plain: bool) -
     def step() -> None:
         with torch.autocast(batch.input.device.type, torch.bfloat16, enabled=chosen.bf16):
             loss = forward(batch).loss
-        loss.backward()
+        torch.autograd.backward(loss)
         apply = optimizer.step
         for method in reversed(methods):
             apply = _around(method, model, apply)
