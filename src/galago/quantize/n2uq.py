@@ -102,35 +102,36 @@ def threshold_round(x: Tensor, start: Tensor, segments: Tensor, gain: Tensor, sc
 class _ThresholdRound(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, start: Tensor, segments: Tensor, gain: Tensor, scale: Tensor) -> Tensor:
-        ctx.save_for_backward(x, start, segments, gain, scale)
         borders, distance = thresholds(start, segments), level_distance(scale, len(segments))
 
         def compute(x: Tensor) -> tuple[Tensor]:
             wide = x.to(torch.promote_types(x.dtype, gain.dtype))
             return (count_exceeded(wide * gain, borders) * distance,)
 
-        return in_blocks(compute, x)[0].to(x.dtype)
+        rounded = in_blocks(compute, x)[0].to(x.dtype)
+        ctx.save_for_backward(x, rounded, start, segments, gain, scale)
+        return rounded
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, start, segments, gain, scale = (saved.detach() for saved in ctx.saved_tensors)
+        x, rounded, start, segments, gain, scale = (saved.detach() for saved in ctx.saved_tensors)
 
-        def compute(x: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
-            return gradients(x, grad, start, segments, gain, scale)
+        def compute(x: Tensor, grad: Tensor, rounded: Tensor) -> tuple[Tensor, ...]:
+            return gradients(x, grad, rounded, start, segments, gain, scale)
 
-        grad_x, grad_gain, grad_scale, *sums = in_blocks(compute, x, grads[0])
+        grad_x, grad_gain, grad_scale, *sums = in_blocks(compute, x, grads[0], rounded)
         upstream, moment = torch.stack(sums).view(2, -1)
         spans = lengths(segments)
         steepness = upstream / spans  # sum of g / a
         length = (moment - upstream * ends(start, segments)[:-1]) / spans**2  # sum of g (z - t) / a^2
-        interval = scale.clamp_min(SMALLEST_SCALE) * WIDTH / len(segments)
+        distance = level_distance(scale, len(segments))
         later = steepness.sum() - steepness.cumsum(0)
-        grad_segments = -interval * (length + later) * (segments > SHORTEST)
-        return grad_x, -interval * steepness.sum(), grad_segments, grad_gain, grad_scale
+        grad_segments = -distance * (length + later) * (segments > SHORTEST)
+        return grad_x, -distance * steepness.sum(), grad_segments, grad_gain, grad_scale
 
 
 def gradients(
-    x: Tensor, grad: Tensor, start: Tensor, segments: Tensor, gain: Tensor, scale: Tensor
+    x: Tensor, grad: Tensor, rounded: Tensor, start: Tensor, segments: Tensor, gain: Tensor, scale: Tensor
 ) -> tuple[Tensor, ...]:
     """Of the input, the gain and the scale; then for each segment `sum g`, and for each `sum g z`."""
     wide = x.to(torch.promote_types(x.dtype, gain.dtype))
@@ -145,12 +146,10 @@ def gradients(
         upstream.append(inner_product(inside, grad))
         moment.append(inner_product(inside, turned))
     slope = slope * grad
-    code = count_exceeded(z, thresholds(start, segments))
-    interval = WIDTH / len(segments)
-    positive = scale.clamp_min(SMALLEST_SCALE)
-    grad_gain = positive * interval * inner_product(slope, wide)
-    grad_scale = interval * inner_product(grad, code)
-    return slope * (positive * gain * interval), grad_gain, grad_scale, *upstream, *moment
+    distance = level_distance(scale, len(segments))
+    grad_gain = distance * inner_product(slope, wide)
+    grad_scale = inner_product(grad, rounded.to(grad.dtype)) / scale.clamp_min(SMALLEST_SCALE)
+    return slope * (distance * gain), grad_gain, grad_scale, *upstream, *moment
 
 
 def level_distance(scale: Tensor, steps: int) -> Tensor:
