@@ -70,7 +70,7 @@ def recipe(name: str, bits: int, seed: int, chosen: argparse.Namespace) -> Recip
         "schedule": {"class_path": "galago.schedule.Cosine", "init_args": {"warmup": 0.05}},
         "precision": "bf16-mixed",
         "channels_last": True,
-        "compile": name != "N2UQ",  # whose compiled gradients are not finite with two and more threads
+        "compile": name != "N2UQ" or bits < 3,  # whose compiled gradients are not finite with two and more threads
     }
 
 
