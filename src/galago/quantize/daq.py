@@ -18,7 +18,8 @@ first, `(W - mean) / std` with constant statistics, and become `2 R / N - 1`; in
 layer learns an output scale. The clip has slope 1 inside and on both ends.
 
 When to use it: 1 to 4 bits, starting from a trained float network, behind ReLUs. It costs a few element-wise operations
-more than the straight-through estimator, one of them an exponential, and the mean and spread of each weight in every step.
+more than the straight-through estimator, one of them an exponential, and in every step the mean and spread of each
+weight.
 
 Recipe: recipes/quantize/daq_w1a1_resnet20_cifar10.yaml.
 
