@@ -5,8 +5,9 @@
 
 Networks of `benchmarks/distillers.py`, frozen, and `no training`, the same network with random weights, show what the
 layer in front of their classifier makes of handwritten digits (MNIST, `--per-class` images of each for fitting, all for
-the test) and of blood cells (`recipes/bccd/crop_cells.py`, all of them), stretched to 32 pixels. Features are
-standardized and told apart by logistic regression, whose strength is chosen on five folds of the images for fitting.
+the test) and of blood cells (`recipes/bccd/crop_cells.py`, all training crops for fitting), stretched to 32 pixels.
+Features are standardized and told apart by logistic regression, whose strength is chosen on five folds of the images
+for fitting.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from runs import measured, spread
 from sklearn.linear_model import LogisticRegressionCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from torch import Tensor, nn
+from torch import Tensor
 
 from galago.data import Data, Loader, Normalize
 from galago.datasets.idx import MNIST
@@ -61,24 +62,19 @@ def accuracy(network: Deployed, data: Data) -> float:
     return 100 * float(fitted.score(test.numpy(), truth.numpy()))
 
 
-def networks(name: str, chosen: argparse.Namespace) -> list[nn.Module]:
-    """A method's, of all seeds that are trained."""
+def networks(name: str, chosen: argparse.Namespace) -> list[Deployed]:
+    """A method's, of all seeds that are trained, with what images go through in front of them."""
     if name == UNTRAINED:
-        return [random_weights(seed) for seed in chosen.seeds]
+        return [untrained(seed) for seed in chosen.seeds]
     runs = [Path(chosen.runs) / f"{name}_seed{seed}" for seed in chosen.seeds]
-    return [load(run) for run in runs if measured(run)]
+    loaded = [load(run) for run in runs if measured(run)]
+    return [Deployed(network, normalization_of(network), Classify(10)).eval() for network in loaded]
 
 
-def random_weights(seed: int) -> nn.Module:
+def untrained(seed: int) -> Deployed:
     """ResNet-20 as it begins."""
     torch.manual_seed(seed)
-    return resnet20().eval()
-
-
-def deployed(network: nn.Module) -> Deployed:
-    """A network with what its images go through first."""
-    normalize = Normalize([0.5] * 3, [0.25] * 3) if not hasattr(network, "normalization") else normalization_of(network)
-    return Deployed(network, normalize, Classify(10)).eval()
+    return Deployed(resnet20(), Normalize([0.5] * 3, [0.25] * 3), Classify(10)).eval()
 
 
 def main() -> None:
@@ -96,8 +92,7 @@ def main() -> None:
     }
     made = Table("features of", *sets)
     for name in (UNTRAINED, *chosen.only):
-        found = [deployed(network) for network in networks(name, chosen)]
-        if found:
+        if found := networks(name, chosen):
             made.add_row(name, *(spread([accuracy(one, data) for one in found], digits=1) for data in sets.values()))
     Console(width=120).print(made)
 

@@ -115,10 +115,11 @@ def main() -> None:
     parser.add_argument("--trust", action="store_true", help="train nothing, ask what is done about corrupted images")
     parser.add_argument("--table", action="store_true", help="train nothing, only show what is done")
     chosen = parser.parse_args()
-    for run in [run for name in chosen.only for run in finished(name, chosen)] if chosen.trust else ():
-        if corruption_error(run) is None:
-            galago("trust", "--run", str(run), "--images", "1000", "--severities", "[1,3,5]", "--rounds", "0")
-    if not (chosen.table or chosen.trust):
+    if chosen.trust:
+        for run in [run for name in chosen.only for run in finished(name, chosen)]:
+            if corruption_error(run) is None:
+                galago("trust", "--run", str(run), "--images", "1000", "--severities", "[1,3,5]", "--rounds", "0")
+    elif not chosen.table:
         galago("train", "--config", str(RECIPES / f"{TEACHER}.yaml"), "--data.init_args.root", chosen.data)
         for seed in chosen.seeds:
             for name in chosen.only:
