@@ -39,6 +39,7 @@ from galago.quantize.quantizer import Grid, OwnRates, Quantizer, along, check_bi
 
 SHORTEST = 1e-3  # segment, as in the public code
 SMALLEST_SCALE = 1e-8
+STEEP = 3e38  # raises every normal difference to 1 and more
 WIDTH = 2.0  # of the output, and of the input at the start
 HALF_NORMAL_MEAN = 0.53  # of a half-normal variable of which one in 400 lies above 2
 
@@ -77,7 +78,7 @@ def count_exceeded(z: Tensor, borders: Tensor) -> Tensor:
 def above(z: Tensor, border: Tensor) -> Tensor:
     """1 where a value is larger than the border, else 0, of the type of `z`."""
     if torch.compiler.is_compiling():  # no comparison, whose result the compiler would store, slowly, as booleans
-        return (z - border).sign().clamp(min=0)
+        return ((z - border) * STEEP).clamp(0, 1)
     return (z > border).to(z.dtype)
 
 
@@ -119,37 +120,32 @@ class _ThresholdRound(torch.autograd.Function):
         def compute(x: Tensor, grad: Tensor, rounded: Tensor) -> tuple[Tensor, ...]:
             return gradients(x, grad, rounded, start, segments, gain, scale)
 
-        grad_x, grad_gain, grad_scale, *sums = in_blocks(compute, x, grads[0], rounded)
-        upstream, moment = torch.stack(sums).view(2, -1)
-        spans = lengths(segments)
-        steepness = upstream / spans  # sum of g / a
-        length = (moment - upstream * ends(start, segments)[:-1]) / spans**2  # sum of g (z - t) / a^2
-        distance = level_distance(scale, len(segments))
-        later = steepness.sum() - steepness.cumsum(0)
-        grad_segments = -distance * (length + later) * (segments > SHORTEST)
-        return grad_x, -distance * steepness.sum(), grad_segments, grad_gain, grad_scale
+        grad_x, grad_gain, grad_scale, grad_start, *grad_segments = in_blocks(compute, x, grads[0], rounded)
+        return grad_x, grad_start, torch.stack(grad_segments) * (segments > SHORTEST), grad_gain, grad_scale
 
 
 def gradients(
     x: Tensor, grad: Tensor, rounded: Tensor, start: Tensor, segments: Tensor, gain: Tensor, scale: Tensor
 ) -> tuple[Tensor, ...]:
-    """Of the input, the gain and the scale; then for each segment `sum g`, and for each `sum g z`."""
+    """Of the input, the gain, the scale, the start, and each segment's length.
+
+    Segments are gone through from the last to the first, so that `slope` is, for values beyond the present one, that of
+    the segment in which they lie. One sum a segment: sums cost more than all comparisons.
+    """
     wide = x.to(torch.promote_types(x.dtype, gain.dtype))
     z, grad = wide * gain, grad.to(wide.dtype)
-    turned, edges = grad * z, ends(start, segments)
-    slope, beyond = torch.zeros_like(z), above(z, edges[0])
-    upstream, moment = [], []
-    for high, steepness in zip(edges[1:], 1 / lengths(segments), strict=True):
-        further = above(z, high)
-        inside = beyond - further  # 1 in the segment, its upper end included
-        slope, beyond = slope + inside * steepness, further
-        upstream.append(inner_product(inside, grad))
-        moment.append(inner_product(inside, turned))
-    slope = slope * grad
-    distance = level_distance(scale, len(segments))
-    grad_gain = distance * inner_product(slope, wide)
+    spans, distance = lengths(segments), level_distance(scale, len(segments))
+    borders = ends(start, segments)
+    slope, beyond = torch.zeros_like(z), above(z, borders[-1])
+    grad_segments = []
+    for low, span in zip(borders[:-1].flip(0), spans.flip(0), strict=True):
+        exceeded = above(z, low)
+        steepness = (exceeded - beyond) / span  # in the segment, its upper end included, else 0
+        grad_segments.append(-distance * inner_product(slope + steepness * ((z - low) / span), grad))
+        slope, beyond = slope + steepness, exceeded
+    slope = slope * (grad * distance)
     grad_scale = inner_product(grad, rounded.to(grad.dtype)) / scale.clamp_min(SMALLEST_SCALE)
-    return slope * (distance * gain), grad_gain, grad_scale, *upstream, *moment
+    return slope * gain, inner_product(slope, wide), grad_scale, -slope.sum(), *reversed(grad_segments)
 
 
 def level_distance(scale: Tensor, steps: int) -> Tensor:
