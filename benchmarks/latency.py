@@ -2,16 +2,19 @@
 
     python benchmarks/latency.py                                   ResNet-18, MobileNetV2 at 224 pixels, ResNet-20 at 32
     python benchmarks/latency.py --model timm:resnet50 --size 224
+    python benchmarks/latency.py --model timm:resnet18 --bits 8 4 2 1
 
-Each network (random weights, ranges set on noise: speed does not depend on them) is quantized to W8A8 and W4A4 with
-8-bit residual streams, exported, and timed in turns with its float file: float32 and bf16 in OpenVINO, float32 in ONNX
-Runtime. A ratio above 1 means faster than the same engine's float32 file; the interval is a 95 % bootstrap.
+Each network (random weights, ranges set on noise: speed and size do not depend on them) is quantized to W8A8 and W4A4
+with 8-bit first and last layers and 8-bit residual streams, exported, and timed in turns with its float file: float32
+and bf16 in OpenVINO, float32 in ONNX Runtime. A ratio above 1 means faster than the same engine's float32 file; the
+interval is a 95 % bootstrap.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -30,6 +33,7 @@ from galago.models.resnet import resnet20
 from galago.probe import Deployed
 from galago.probes.latency import compare
 from galago.probes.size import bytes_on_disk
+from galago.quantize.ewgs import EWGS, EWGSWeight
 from galago.quantize.min_max import MinMax, MinMaxWeight
 from galago.quantize.quantize import Quantize
 from galago.tasks.classify import Classify
@@ -62,17 +66,23 @@ def network(name: str) -> nn.Module:
     source, _, model = name.partition(":")
     torch.manual_seed(0)
     if source == "timm":
-        return timm_model(model, classes=1000)
-    return torchvision_model(model, classes=1000) if source == "torchvision" else resnet20()
+        found = timm_model(model, classes=1000)
+    else:
+        found = torchvision_model(model, classes=1000) if source == "torchvision" else resnet20()
+    for module in found.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)  # some start at 0, and OpenVINO stores weights that are alike only once
+    return found
 
 
 def quantized(name: str, data: Noise, bits: int) -> nn.Module:
     """The same network at so many bits, with 8-bit streams and 8-bit first and last layers."""
-    method = Quantize(MinMaxWeight(bits), MinMax(bits), stream=MinMax(8))
+    pair = (EWGSWeight(bits), EWGS(bits)) if bits == 1 else (MinMaxWeight(bits), MinMax(bits))
+    method = Quantize(*pair, edge_weight=MinMaxWeight(), edge_input=MinMax(), stream=MinMax())
     return method.finish(method.prepare(network(name), data))
 
 
-def files(name: str, size: int, folder: Path, threads: int) -> dict[str, Artifact]:
+def files(name: str, size: int, widths: Sequence[int], folder: Path, threads: int) -> dict[str, Artifact]:
     """Every form of a network, ready to run."""
     task = Classify(10 if name.startswith("galago") else 1000)
     data = Noise(size, task.classes)
@@ -82,7 +92,7 @@ def files(name: str, size: int, folder: Path, threads: int) -> dict[str, Artifac
         "OpenVINO, float32": OpenVINO(floating, threads),
         "OpenVINO, bf16": OpenVINO(floating, threads, "bf16"),
     }
-    for bits in (8, 4):
+    for bits in widths:
         integer = lower(quantized(name, data, bits), data.normalize(data.example()))
         deployed = Deployed(integer, data.normalize, task)
         packed, graph = folder / f"w{bits}.onnx", folder / f"w{bits}.xml"
@@ -93,7 +103,7 @@ def files(name: str, size: int, folder: Path, threads: int) -> dict[str, Artifac
     return found
 
 
-def measured(name: str, size: int, batch: int, threads: int, seconds: float) -> Table:
+def measured(name: str, size: int, batch: int, widths: Sequence[int], threads: int, seconds: float) -> Table:
     """One network's table."""
     table = Table(
         "file",
@@ -105,7 +115,7 @@ def measured(name: str, size: int, batch: int, threads: int, seconds: float) -> 
         title=f"{name}, {size} px, batch {batch}",
     )
     with TemporaryDirectory() as folder:
-        candidates = files(name, size, Path(folder), threads)
+        candidates = files(name, size, widths, Path(folder), threads)
         image = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8)
         timings = compare(candidates, image, repeats=30, seconds=seconds)
         for label, timing in timings.items():
@@ -122,11 +132,12 @@ def main() -> None:
     parser.add_argument("--model", help="timm:NAME, torchvision:NAME or galago:resnet20")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--bits", type=int, nargs="+", default=[8, 4], help="of the integer files, 1 to 8")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--seconds", type=float, default=2.0, help="at least so long for each file")
     given = parser.parse_args()
     for name, size in [(given.model, given.size)] if given.model else DEFAULT:
-        Console().print(measured(name, size, given.batch, given.threads, given.seconds))
+        Console(width=120).print(measured(name, size, given.batch, given.bits, given.threads, given.seconds))
 
 
 if __name__ == "__main__":
