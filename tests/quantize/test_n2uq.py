@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import pytest
 import torch
+from onnx import load
 from torch import nn
 
-from galago.deploy import onnx
+from galago.deploy import onnx, openvino
 from galago.deploy.integer import lower
-from galago.deploy.runtime import OnnxRuntime
+from galago.deploy.runtime import OnnxRuntime, OpenVINO
 from galago.errors import UserError
 from galago.probe import Deployed
 from galago.quantize.layer import QuantLayer
@@ -206,9 +208,10 @@ def test_more_bits_than_the_paper_has_are_refused(kind):
         kind(5)
 
 
-def test_a_network_trains_and_its_file_says_what_it_says(tmp_path):
+@pytest.mark.parametrize("bits", [2, 4])
+def test_a_network_trains_and_its_files_say_what_it_says(tmp_path, bits):
     data = Stripes()
-    method = Quantize(N2UQWeight(2), N2UQ(2), edge_bits=None)
+    method = Quantize(N2UQWeight(bits), N2UQ(bits), edge_bits=None)
     net = method.prepare(SmallNet(), data)
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
     losses = []
@@ -226,5 +229,9 @@ def test_a_network_trains_and_its_file_says_what_it_says(tmp_path):
     image = data.validation()[0].input
     path = onnx.export(deployed, data.example(), tmp_path / "model.onnx")
     torch.testing.assert_close(OnnxRuntime(path)(image), deployed(image), rtol=1e-4, atol=1e-4)
+    openvino.export(deployed, data.example(), tmp_path / "model.xml")
+    torch.testing.assert_close(OpenVINO(tmp_path / "model.xml")(image), deployed(image), rtol=1e-4, atol=1e-4)
+    kinds = Counter(node.op_type for node in load(path).graph.node)
+    assert kinds["Greater"] % (2**bits - 1) == 0 < kinds["Greater"]  # comparisons, not what the compiler is given
     trained = net(data.normalize(image))
     torch.testing.assert_close(deployed(image), trained.detach(), rtol=1e-2, atol=1e-2)

@@ -77,7 +77,8 @@ def count_exceeded(z: Tensor, borders: Tensor) -> Tensor:
 
 def above(z: Tensor, border: Tensor) -> Tensor:
     """1 where a value is larger than the border, else 0, of the type of `z`."""
-    if torch.compiler.is_compiling():  # no comparison, whose result the compiler would store, slowly, as booleans
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        # No comparison, whose result the compiler would store, slowly, as booleans.
         return ((z - border) * STEEP).clamp(0, 1)
     return (z > border).to(z.dtype)
 
