@@ -77,8 +77,8 @@ def network(name: str) -> nn.Module:
 
 def quantized(name: str, data: Noise, bits: int) -> nn.Module:
     """The same network at so many bits, with 8-bit streams and 8-bit first and last layers."""
-    pair = (EWGSWeight(bits), EWGS(bits)) if bits == 1 else (MinMaxWeight(bits), MinMax(bits))
-    method = Quantize(*pair, edge_weight=MinMaxWeight(), edge_input=MinMax(), stream=MinMax())
+    weight, inputs = (EWGSWeight(bits), EWGS(bits)) if bits == 1 else (MinMaxWeight(bits), MinMax(bits))
+    method = Quantize(weight, inputs, edge_weight=MinMaxWeight(), edge_input=MinMax(), stream=MinMax())
     return method.finish(method.prepare(network(name), data))
 
 

@@ -77,6 +77,15 @@ def one_phase(recipe: Recipe) -> None:
     recipe["schedule"] = recipe["schedule"]["init_args"]["schedule"]
 
 
+def optimizer(name: str, **arguments: float) -> Edit:
+    """Another of PyTorch's optimizers."""
+
+    def edit(recipe: Recipe) -> None:
+        recipe["optimizer"] = {"class_path": f"torch.optim.{name}", "init_args": arguments}
+
+    return edit
+
+
 def as_it_is(recipe: Recipe) -> None:
     """The recipe itself, but shorter."""
 
@@ -115,6 +124,16 @@ COMPARISONS: dict[str, Comparison] = {
         },
     ),
     "dampening": Comparison("lsq_w3a3_dampened_resnet20_cifar10", 2, {"damped": as_it_is}),
+    "optimizers": Comparison(  # whose first step is to be there: galago ship --config .../reactnet_w1a1_cifar10.yaml
+        "reactnet_w1a1_cifar10",
+        3,
+        {
+            "Adam": as_it_is,
+            "Adam, decay 5e-6": optimizer("Adam", lr=0.001, weight_decay=0.000005),
+            "SGD, momentum, rate 0.1": optimizer("SGD", lr=0.1, momentum=0.9),
+            "SGD, momentum, rate 0.01": optimizer("SGD", lr=0.01, momentum=0.9),
+        },
+    ),
     "mixed": Comparison(
         "mixed_w4_resnet20_cifar10", 2, {"4 bits in every layer": keep("Quantize"), "4 bits on average": as_it_is}
     ),
@@ -131,6 +150,7 @@ def shortened(comparison: Comparison, edit: Edit, seed: int, chosen: argparse.Na
     if "epochs" in (schedule := recipe["schedule"].get("init_args", {})):
         schedule["epochs"] = epochs
     edit(recipe)
+    recipe.pop("needs", None)  # of these the recipe's own training takes care
     recipe["probes"] = [*recipe.get("probes", ()), {"class_path": "galago.probes.calibration.Calibration"}]
     return recipe
 

@@ -15,7 +15,7 @@ levels were rounded up or down at random (G-STE). Weights are scaled so that all
 
 When to use it: 2 to 4 bits, with a teacher's probabilities as the only loss (`SoftTargets` with temperature 1 and
 task_weight 0), as the paper trains it. In files the inputs are N comparisons, which engines compute in float before the
-integer layer: at 2 bits cheap, at 4 bits slower than `LSQ`, `EWGS`. A training step costs 2 N sums a tensor.
+integer layer: at 2 bits cheap, at 4 bits slower than `LSQ`, `EWGS`. A training step costs N sums a tensor.
 
 Recipe: recipes/quantize/n2uq_w2a2_resnet20_cifar10.yaml.
 
