@@ -9,8 +9,7 @@ all. Each combination becomes a recipe, which is trained, exported, verified in 
 as a file in ONNX Runtime. Finished runs are skipped and interrupted ones continued, so the command can be given again.
 
 STE is EWGS with its gradient scaling at zero: the same learned interval, the plain straight-through estimator. LSQ,
-LSQ+, PACT with SAWB and N2UQ have no 1-bit weights. N2UQ learns from labels here, as all do, not from a teacher; with
-OMP_NUM_THREADS=1 it is compiled at all widths, otherwise (results/quantizers.md says why) at 2 bits only.
+LSQ+, PACT with SAWB and N2UQ have no 1-bit weights. N2UQ learns from labels here, as all do, not from a teacher.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from runs import Recipe, galago, make, read, spread
@@ -72,7 +70,7 @@ def recipe(name: str, bits: int, seed: int, chosen: argparse.Namespace) -> Recip
         "schedule": {"class_path": "galago.schedule.Cosine", "init_args": {"warmup": 0.05}},
         "precision": "bf16-mixed",
         "channels_last": True,
-        "compile": name != "N2UQ" or bits < 3 or torch.get_num_threads() == 1,  # else its gradients are not finite
+        "compile": True,
     }
 
 
