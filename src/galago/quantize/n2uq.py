@@ -14,8 +14,9 @@ levels were rounded up or down at random (G-STE). Weights are scaled so that all
              W_hat = s_c (2k / N - 1)
 
 When to use it: 2 to 4 bits, with a teacher's probabilities as the only loss (`SoftTargets` with temperature 1 and
-task_weight 0), as the paper trains it. In files the inputs are N comparisons, which engines compute in float before the
-integer layer: at 2 bits cheap, at 4 bits slower than `LSQ`, `EWGS`. A training step costs N sums a tensor.
+task_weight 0), as the paper trains it; where size counts and speed does not. In files the inputs are N comparisons in
+float before the integer layer, and ONNX Runtime computes a convolution in float whose result they read: the file of a
+small network is slower than its float file (results/quantizers.md). A training step costs N sums a tensor.
 
 Recipe: recipes/quantize/n2uq_w2a2_resnet20_cifar10.yaml.
 
@@ -69,8 +70,8 @@ def count_exceeded(z: Tensor, borders: Tensor) -> Tensor:
     >>> count_exceeded(torch.tensor([0.25, 0.3, 9.0]), torch.tensor([0.25, 0.65, 1.45]))
     tensor([0., 1., 3.])
     """
-    exceeded = torch.zeros_like(z)
-    for border in borders:
+    exceeded = above(z, borders[0])
+    for border in borders[1:]:
         exceeded = exceeded + above(z, border)
     return exceeded
 
