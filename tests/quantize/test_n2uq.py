@@ -11,11 +11,13 @@ from onnx import load
 from torch import nn
 
 from galago.deploy import onnx, openvino
+from galago.deploy.inspect import inspect_file
 from galago.deploy.integer import lower
 from galago.deploy.runtime import OnnxRuntime, OpenVINO
 from galago.errors import UserError
 from galago.probe import Deployed
 from galago.quantize.layer import QuantLayer
+from galago.quantize.min_max import MinMax, MinMaxWeight
 from galago.quantize.n2uq import N2UQ, N2UQWeight, count_exceeded, ends, lengths, threshold_round, thresholds
 from galago.quantize.quantize import Quantize
 from galago.tasks.classify import Classify
@@ -235,3 +237,15 @@ def test_a_network_trains_and_its_files_say_what_it_says(tmp_path, bits):
     assert kinds["Greater"] % (2**bits - 1) == 0 < kinds["Greater"]  # comparisons, not what the compiler is given
     trained = net(data.normalize(image))
     torch.testing.assert_close(deployed(image), trained.detach(), rtol=1e-2, atol=1e-2)
+
+
+def test_with_streams_a_convolution_computes_in_integers_although_its_result_is_compared(tmp_path):
+    data = Stripes()
+    method = Quantize(N2UQWeight(2), N2UQ(2), edge_weight=MinMaxWeight(), edge_input=MinMax(), stream=MinMax())
+    blocks = [nn.Sequential(nn.Conv2d(n, 8, 3), nn.BatchNorm2d(8), nn.ReLU()) for n in (3, 8, 8)]
+    net = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+    net = method.finish(method.prepare(net, data))
+    deployed = Deployed(lower(net, data.normalize(data.example())), data.normalize, Classify(2)).eval()
+    path = onnx.export(deployed, data.example(), tmp_path / "model.onnx")
+    rows = [row for row in inspect_file(path) if row.engine == "onnxruntime" and "Conv" in row.operation]
+    assert [row.integer for row in rows] == [True] * 3

@@ -200,6 +200,17 @@ def test_a_result_that_one_layer_alone_reads_needs_no_stream_but_one_in_front_of
     assert paths(quantize().prepare(net(nn.Hardswish()), Images(8)), QuantOutput) == ["1"]
 
 
+def test_a_stream_stands_in_front_of_a_layer_that_compares_its_input_instead_of_rounding_it():
+    class Comparer(Rounder):
+        def codes(self, x: Tensor) -> Tensor:
+            return super().codes(x)
+
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1))
+    comparing = Quantize(Rounder(4), Comparer(4), edge_input=Rounder(8), stream=Rounder(8))
+    assert paths(comparing.prepare(deepcopy(net), Images(8)), QuantOutput) == ["2"]
+    assert paths(quantize().prepare(net, Images(8)), QuantOutput) == []
+
+
 def test_without_a_stream_quantizer_only_layers_are_wrapped():
     model = Quantize(Rounder(4), Rounder(4)).prepare(Functional(), Images(8))
     assert paths(model, QuantOutput) == []

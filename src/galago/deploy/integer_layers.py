@@ -41,7 +41,7 @@ class IntegerStream(nn.Module):
         super().__init__()
         grid, encoder = quantizer.grid(), quantizer.encoder()
         self.bits, self.lowest, self.high = quantizer.bits, grid.low, grid.high - grid.low
-        affine = grid.step == 1 and type(quantizer).codes is Quantizer.codes
+        affine = grid.step == 1 and quantizer.rounds
         self.quantizer = None if affine else quantizer
         self.register_buffer("scale", grid.scale.detach().float().reshape(()).clone())
         self.register_buffer("zero_point", (grid.zero_point.reshape(()) - grid.low).to(torch.uint8))

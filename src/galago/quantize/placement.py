@@ -6,13 +6,14 @@ an engine never has to step back into float between two integer layers.
 ONNX Runtime fuses a convolution into integers only if its result, after BatchNorm and ReLU, goes into a quantizer
 and nowhere else, and an addition only if everything around it is quantized. A layer that is alone in reading a tensor
 quantizes it already; everywhere else a stream is needed: before a fork, around a residual addition, a concatenation or
-a pooling, and in front of an activation that only float can compute (hard-swish). Linear layers need none: engines let
-an integer product end in float.
+a pooling, in front of an activation that only float can compute (hard-swish) and of a layer that compares its input
+with thresholds instead of rounding it (N2UQ, RSign). Linear layers need none: engines let an integer product end in
+float.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from typing import NamedTuple
 
 from torch import nn
@@ -36,6 +37,7 @@ class Streams:
         graph: the recorded pass.
         integer: paths of the layers whose weight and input are both quantized, with the layer's type.
         forbidden: says whether a module must be left alone.
+        comparing: paths of the layers whose input quantizer compares, which no engine fuses with what it reads.
 
     Attributes:
         places: path of each module to the number of the tensor that it gives out.
@@ -46,9 +48,13 @@ class Streams:
     """
 
     def __init__(
-        self, graph: Graph, integer: dict[str, type[nn.Module]], forbidden: Callable[[str], bool] = lambda path: False
+        self,
+        graph: Graph,
+        integer: dict[str, type[nn.Module]],
+        forbidden: Callable[[str], bool] = lambda path: False,
+        comparing: Set[str] = frozenset(),
     ) -> None:
-        self.graph, self.integer, self.forbidden = graph, integer, forbidden
+        self.graph, self.integer, self.forbidden, self.comparing = graph, integer, forbidden, comparing
         self.places: dict[str, int] = {}
         self.missed: list[Missed] = []
         self.whole: set[int] = set()
@@ -123,7 +129,7 @@ class Streams:
 
     def _needed(self, number: int, always: bool) -> bool:
         calls, leaves = self.graph.reading(number)
-        alone = len(calls) == 1 and calls[0].module in self.integer
+        alone = len(calls) == 1 and calls[0].module in self.integer.keys() - self.comparing
         return not leaves and not alone and (always or self._worthwhile(number))
 
     def _worthwhile(self, number: int) -> bool:

@@ -200,7 +200,10 @@ class Quantize(Method):
         integer = {
             p: type(modules[p]) for p, choice in choices.items() if choice.weight and choice.input and self.stream
         }
-        return Streams(graph, integer, lambda path: any(matches(pattern, path, modules) for pattern in self.keep))
+        comparing = {path for path, choice in choices.items() if choice.input and not choice.input.rounds}
+        return Streams(
+            graph, integer, lambda path: any(matches(pattern, path, modules) for pattern in self.keep), comparing
+        )
 
 
 def with_bits(prototype: Quantizer | None, bits: int | None, where: str, instead: str) -> Quantizer | None:

@@ -67,6 +67,11 @@ class Quantizer(nn.Module, ABC):
     bits: int
     normalized: bool = False
 
+    @property
+    def rounds(self) -> bool:
+        """Whether values go to the nearest code, which engines do in the layer before; else codes are an idea's own."""
+        return type(self).codes is Quantizer.codes
+
     @abstractmethod
     def initialize(self, x: Tensor) -> None:
         """Sets the range from a tensor: the weights, or the first inputs. Called once, outside the training step."""
