@@ -14,9 +14,9 @@ levels were rounded up or down at random (G-STE). Weights are scaled so that all
              W_hat = s_c (2k / N - 1)
 
 When to use it: 2 to 4 bits, with a teacher's probabilities as the only loss (`SoftTargets` with temperature 1 and
-task_weight 0), as the paper trains it; where size counts and speed does not. In files the inputs are N comparisons in
-float before the integer layer, and ONNX Runtime computes a convolution in float whose result they read: the file of a
-small network is slower than its float file (results/quantizers.md). A training step costs N sums a tensor.
+task_weight 0), as the paper trains it; where size counts more than speed. In files the inputs are N comparisons in
+float before the integer layer, which can make a small network slower than in float (results/quantizers.md); a `stream`
+lets the convolutions before them compute in integers. A training step costs N sums a tensor.
 
 Recipe: recipes/quantize/n2uq_w2a2_resnet20_cifar10.yaml.
 
