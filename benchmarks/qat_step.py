@@ -8,8 +8,9 @@ turns, a step each, so that whatever else the machine does meets all alike; what
 same round, of which the median and the quartiles are shown. All convolutions but the first are quantized. Memory is the
 most that a step holds at once beside weights and the optimizer's state.
 
-Peers: PyTorch's learnable fake-quantize kernel, and Brevitas where it is installed (`pip install galago[bench]`),
-which quantizes the ReLU's output once instead of each convolution's input. Neither is compiled by `--compile` unless
+Peers: PyTorch's learnable fake-quantize kernel and, where they are installed (`pip install galago[bench]`), Brevitas,
+which quantizes the ReLU's output once instead of each convolution's input, and torchao, which exports the network
+(PT2E, x86) and quantizes all layers, with moving averages for ranges. None is compiled by `--compile` unless
 `--compile-peers` says so.
 """
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import importlib.util
 import statistics
 import time
@@ -44,6 +46,7 @@ from galago.quantize.pact import PACT, SAWBWeight
 from galago.quantize.quantizer import Grid, Quantizer
 
 MODELS = {"resnet20": resnet20, "resnet18": resnet18_cifar}
+PEERS = ("torch learnable", "Brevitas", "torchao")
 Step = Callable[[], None]
 
 
@@ -95,7 +98,23 @@ def brevitas(model: nn.Module, bits: int) -> nn.Module:
     return model
 
 
-def variants(model: nn.Module, bits: int, only: Sequence[str] | None = None) -> dict[str, nn.Module]:
+def torchao(model: nn.Module, bits: int, images: Tensor) -> nn.Module:
+    """The network as torchao exports and prepares it for quantization-aware training on x86."""
+    from torchao.quantization.pt2e import allow_exported_model_train_eval
+    from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+
+    usual = x86.get_default_x86_inductor_quantization_config(is_qat=True)
+    inputs = dataclasses.replace(usual.input_activation, quant_max=2**bits - 1)
+    weight = dataclasses.replace(usual.weight, quant_min=-(2 ** (bits - 1)), quant_max=2 ** (bits - 1) - 1)
+    chosen = dataclasses.replace(usual, input_activation=inputs, output_activation=inputs, weight=weight)
+    exported = torch.export.export(model.to(memory_format=torch.channels_last).train(), (images,)).module()
+    prepared = prepare_qat_pt2e(exported, x86.X86InductorQuantizer().set_global(chosen))
+    trainable: nn.Module = allow_exported_model_train_eval(prepared)
+    return trainable
+
+
+def variants(model: nn.Module, bits: int, images: Tensor, only: Sequence[str] | None = None) -> dict[str, nn.Module]:
     """Name to network, all with the same initial weights; of the quantized ones `only` these where given."""
     pairs: dict[str, tuple[Callable[[], Quantizer], Callable[[], Quantizer]]] = {
         "EWGS": (lambda: EWGSWeight(bits, fixed_delta=0.001), lambda: EWGS(bits, fixed_delta=0.001)),
@@ -114,12 +133,15 @@ def variants(model: nn.Module, bits: int, only: Sequence[str] | None = None) -> 
     made |= {name: quantized(copy.deepcopy(model), *pair) for name, pair in wanted.items()}
     if importlib.util.find_spec("brevitas") and (not only or "Brevitas" in only):
         made["Brevitas"] = brevitas(copy.deepcopy(model), bits)
+    if importlib.util.find_spec("torchao") and (not only or "torchao" in only):
+        made["torchao"] = torchao(copy.deepcopy(model).to(images.device), bits, images)
     return made
 
 
 def step_of(model: nn.Module, images: Tensor, labels: Tensor, bf16: bool, compiled: bool) -> Step:
     """One training step as a function; ranges are set from the images first."""
-    model = model.to(images.device).to(memory_format=torch.channels_last).train()
+    model = model.to(images.device).to(memory_format=torch.channels_last)
+    model.train()  # torchao's gives nothing back
     for module in model.modules():
         if isinstance(module, QuantLayer):
             module.observing = True
@@ -204,8 +226,8 @@ def main() -> None:
     images = torch.randn(chosen.batch, 3, 32, 32, device=chosen.device).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(10, (chosen.batch,), device=chosen.device)
     steps = {}
-    for name, model in variants(MODELS[chosen.model](), chosen.bits, chosen.only).items():
-        compiled = chosen.compile_peers if name in ("torch learnable", "Brevitas") else chosen.compile
+    for name, model in variants(MODELS[chosen.model](), chosen.bits, images, chosen.only).items():
+        compiled = chosen.compile_peers if name in PEERS else chosen.compile
         steps[name] = step_of(model, images, labels, chosen.bf16, compiled)
     how = f"{'bf16' if chosen.bf16 else 'fp32'}, {'compiled' if chosen.compile else 'eager'}"
     title = f"{chosen.model}, batch {chosen.batch}, W{chosen.bits}A{chosen.bits}, {how}, {chosen.device}"
