@@ -132,7 +132,7 @@ def gradients(
     """Of the input, the gain, the scale, the start, and each segment's length.
 
     Segments are gone through from the last to the first, so that `slope` is, for values beyond the present one, that of
-    the segment in which they lie. One sum a segment: sums cost more than all comparisons.
+    the segment in which they lie. One sum a segment, since sums are costly.
     """
     wide = x.to(torch.promote_types(x.dtype, gain.dtype))
     z, grad = wide * gain, grad.to(wide.dtype)
