@@ -9,7 +9,7 @@ computes in float there; OpenVINO can do without.
     y = layer(Q_input(x); Q_weight(W))          Q_stream(y) where several read y
 
 Which method: `weight` and `input` are prototypes, any `Quantizer`; each layer gets copies of its own. Cost: a training
-step of ResNet-20 takes about 1.1 times as long as in float with `compile`, 1.2 to 1.5 times without (N2UQ: 1.7 and 5).
+step of ResNet-20 takes about 1.1 times as long as in float with `compile`, 1.2 to 1.5 times without (N2UQ: 1.7 and 6).
 
 Design choices: the first and last layers have 8 bits by default, as LSQ has them; EWGS and DAQ leave them float
 (`edge_bits: null`). EWGS's interval does not suit images, which are negative too: give it `edge_weight` and
